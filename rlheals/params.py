@@ -1,0 +1,232 @@
+"""The schema of ``params.yaml`` and the only place that reads it."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rlheals.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+
+
+class Block(BaseModel):
+    """A params block: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Compute(Block):
+    """Where stages run."""
+
+    threads: Positive
+    device: Literal["cpu", "cuda", "auto"]
+
+
+class Architecture(Block):
+    """Shape of a Llama that is pretrained from scratch."""
+
+    hidden_size: Positive
+    layers: Positive
+    heads: Positive
+    kv_heads: Positive
+    intermediate_size: Positive
+    max_position_embeddings: Positive
+
+
+class ModelSpec(Block):
+    """One entry of ``model``: where the base comes from and how it is spoken to."""
+
+    source: str
+    """``pretrain`` (a tiny Llama from scratch) or the path of a Hugging Face model folder."""
+    prompt_format: Literal["compact", "paper"]
+    dtype: Literal["float32", "bfloat16"]
+    architecture: Architecture | None = None
+
+    @model_validator(mode="after")
+    def _architecture_matches_source(self) -> ModelSpec:
+        if (self.source == "pretrain") != (self.architecture is not None):
+            raise ValueError("architecture is needed exactly when source is 'pretrain'")
+        return self
+
+
+class Probe(Block):
+    """Probe-set sizes, per condition."""
+
+    select: Positive
+    confirm: Positive
+
+
+class Dataset(Block):
+    """Sizes of the tables of the ``dataset`` stage."""
+
+    sft_rows: Positive
+    rl_prompts: Positive
+    loss_rows: Positive
+    probe: Probe
+
+
+class Base(Block):
+    """Pretraining of the tiny base; ignored for models loaded from a folder."""
+
+    steps: Positive
+    batch_size: Positive
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    decay_fraction: Probability
+    state_every: Positive
+    mixture: dict[str, float]
+
+
+class Sft(Block):
+    """Supervised fine-tuning."""
+
+    steps: Positive
+    checkpoints: list[int]
+    batch_size: Positive
+    accumulation: Positive
+    learning_rate: float
+    schedule: Literal["constant", "cosine", "paper_log_warmup"]
+    warmup_steps: int
+    weight_decay: float
+    adam_betas: tuple[float, float]
+    adam_epsilon: float
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    loss_every: Positive
+    state_every: Positive
+    ood_loss_target: Literal["same", "paper_mismatched"]
+    max_length: Positive
+
+    @model_validator(mode="after")
+    def _checkpoints_within_training(self) -> Sft:
+        beyond = [step for step in self.checkpoints if not 0 <= step <= self.steps]
+        if beyond:
+            raise ValueError(f"checkpoints holds {beyond[0]}, but training has only steps 0 to {self.steps}")
+        if self.checkpoints != sorted(set(self.checkpoints)):
+            raise ValueError("checkpoints must be strictly increasing")
+        return self
+
+
+class Inference(Block):
+    """Generation."""
+
+    engine: str
+    batch_size: Positive
+    temperature: float
+    top_p: Probability
+    top_k: int
+
+
+class ProbeSft(Block):
+    """Which answers ``probe_sft`` collects."""
+
+    select_attempts: Positive
+    confirm_attempts: Positive
+    """Attempts allowed on ``confirm`` at the chosen rungs; every other rung gets one."""
+
+
+class Report(Block):
+    """The report."""
+
+    title: str
+
+
+class Params(Block):
+    """All of ``params.yaml``."""
+
+    profile: Name
+    models: list[Name]
+    seeds: list[int]
+    compute: Compute
+    model: dict[str, ModelSpec]
+    task: dict[str, Any]
+    dataset: Dataset
+    base: Base
+    sft: Sft
+    inference: Inference
+    probe_sft: ProbeSft
+    report: Report
+
+    @model_validator(mode="after")
+    def _models_are_described(self) -> Params:
+        unknown = [name for name in self.models if name not in self.model]
+        if unknown:
+            raise ValueError(f"models names {unknown[0]!r}, which has no block under model")
+        return self
+
+    @cached_property
+    def task_spec(self) -> Any:
+        """The ``task`` block validated by the schema of the task it names."""
+        from rlheals.tasks import task_spec_model
+
+        return task_spec_model(str(self.task.get("name"))).model_validate(self.task)
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate a params file.
+
+    Raises:
+        UserError: missing or malformed file, an unknown key (the nearest valid key is named), a wrong value.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist here; run `python -m rlheals.profile mini` to write it.")
+    try:
+        raw = YAML(typ="safe").load(path.read_text())
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping of parameter blocks; run `python -m rlheals.profile mini`.")
+    return parse_params(raw, path)
+
+
+def parse_params(raw: dict[str, Any], where: Path = PARAMS_FILE) -> Params:
+    """Validate the content of a params file; see `load_params`."""
+    try:
+        params = Params.model_validate(raw)
+        params.task_spec  # noqa: B018  validated here so that a bad task block is told like any other
+    except ValidationError as error:
+        raise UserError(_sentence(error, where, raw)) from error
+    return params
+
+
+def _sentence(error: ValidationError, where: Path, raw: dict[str, Any]) -> str:
+    """One clear sentence for the first problem of a validation error."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    if error.title != "Params":
+        location = ["task", *location]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _valid_keys(location[:-1], raw), n=1)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "remove it."
+        return f"{where}: {key} is not a known key; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing; add it or run `python -m rlheals.profile mini` to write a complete file."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {key or 'top level'}: {message} (got {first['input']!r})." if len(str(first["input"])) < 80 else f"{where}: {key or 'top level'}: {message}."
+
+
+def _valid_keys(path: list[str], raw: dict[str, Any]) -> list[str]:
+    """Valid keys of the block at ``path``."""
+    if path[:1] == ["task"]:
+        from rlheals.tasks import task_spec_model
+
+        return list(task_spec_model(str(raw["task"].get("name"))).model_fields)
+    model: Any = Params
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is not None:  # otherwise part is a name the user chose, and model is its block already
+            kinds = (field.annotation, *get_args(field.annotation))
+            model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return list(getattr(model, "model_fields", {}))

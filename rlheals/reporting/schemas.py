@@ -1,0 +1,138 @@
+"""One schema per table, checked when a table is written and when it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from rlheals.errors import UserError
+
+_RUN = {"profile": pl.String, "model": pl.String, "seed": pl.Int64}
+_RUNG = {**_RUN, "stage": pl.String, "checkpoint_step": pl.Int64, "cell_id": pl.String}
+
+SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
+    "hands": {
+        "hand_key": pl.String,  # value multiset, ascending, comma-separated
+        "values": pl.List(pl.Int64),
+        "solvable": pl.Boolean,
+        "solutions": pl.Int64,  # distinct solution expressions the solver finds
+        "expressible": pl.Boolean,  # the prompt format can write a solution
+        "held_out": pl.Boolean,
+    },
+    "sft": {"row_id": pl.Int64, "hand_id": pl.String, "hand_key": pl.String, "prompt": pl.String, "completion": pl.String},
+    "rl_prompts": {"row_id": pl.Int64, "hand_id": pl.String, "hand_key": pl.String, "prompt": pl.String, "item": pl.String},
+    "probes": {
+        "condition": pl.String,
+        "split": pl.String,
+        "hand_id": pl.String,  # the ordered cards, e.g. "A 4 10 K"
+        "hand_key": pl.String,
+        "prompt": pl.String,
+        "item": pl.String,  # JSON payload for Task.episode
+    },
+    "loss_sets": {"series": pl.String, "hand_id": pl.String, "prompt": pl.String, "completion": pl.String},
+    "answers": {
+        **_RUNG,
+        "condition": pl.String,
+        "split": pl.String,
+        "hand_id": pl.String,
+        "attempt": pl.Int64,
+        "response": pl.String,
+        "verdict": pl.String,
+        "reward": pl.Float64,
+        "solved": pl.Boolean,
+        "solved_first_try": pl.Boolean,
+        "solved_under_training_rule": pl.Boolean,
+        "format_error": pl.Boolean,
+        "fields_ok": pl.Boolean,
+        "tokens": pl.Int64,
+        "engine": pl.String,
+        "sampling": pl.String,  # e.g. "greedy" or "temperature=0.6,top_p=0.9,seed=0"
+    },
+    # One row per rung x condition x split x attempts allowed (1 = first try, 5 = within five).
+    "probe_summary": {
+        **_RUNG,
+        "condition": pl.String,
+        "split": pl.String,
+        "attempts": pl.Int64,
+        "n": pl.Int64,
+        "solved": pl.Int64,
+        "accuracy": pl.Float64,
+        "wilson_low": pl.Float64,
+        "wilson_high": pl.Float64,
+        "format_error_rate": pl.Float64,  # share of first attempts
+        "training_rule_rate": pl.Float64,  # share of first attempts solved under the training rule
+        "fields_ok_rate": pl.Float64,
+        "mean_reward": pl.Float64,  # of first attempts
+        "solved_later_given_first_failed": pl.Float64,  # null when attempts = 1
+    },
+    "losses": {
+        **_RUN,
+        "series": pl.String,  # train_id | test_id | ood
+        "step": pl.Int64,
+        "tokens": pl.Int64,
+        "nll_per_token": pl.Float64,
+    },
+    # Training curves: one row per logged optimiser step of base or sft.
+    "training": {
+        **_RUN,
+        "stage": pl.String,
+        "step": pl.Int64,
+        "loss": pl.Float64,
+        "learning_rate": pl.Float64,
+        "gradient_norm": pl.Float64,
+        "tokens": pl.Int64,
+    },
+    # How well a rule that looks only at a loss (or at accuracy on `select`) picks the rung with the best OOD accuracy.
+    "selection": {
+        **_RUN,
+        "criterion": pl.String,  # select_ood_accuracy | ood_loss | test_id_loss | train_id_loss | last
+        "checkpoint_step": pl.Int64,
+        "ood_accuracy_confirm": pl.Float64,
+        "best_step_confirm": pl.Int64,
+        "regret": pl.Float64,  # accuracy of SFT_MaxOOD (picked on select) minus accuracy of this pick, both on confirm
+        "regret_low": pl.Float64,
+        "regret_high": pl.Float64,
+        "p_value": pl.Float64,  # exact McNemar, paired on hands
+        "n": pl.Int64,
+    },
+}
+
+
+def check(table: pl.DataFrame, schema: str, where: str | Path = "table") -> pl.DataFrame:
+    """Return ``table`` unchanged when its columns, order and types are those of ``schema``.
+
+    Raises:
+        UserError: naming ``where`` and the columns that are missing, extra or of another type.
+    """
+    expected = pl.Schema(SCHEMAS[schema])
+    actual = table.schema
+    if dict(actual) == dict(expected) and list(actual) == list(expected):
+        return table
+    missing = [name for name in expected if name not in actual]
+    extra = [name for name in actual if name not in expected]
+    types = [f"{n} is {actual[n]}, not {expected[n]}" for n in expected if n in actual and actual[n] != expected[n]]
+    parts = [f"missing {', '.join(missing)}"] if missing else []
+    parts += [f"unexpected {', '.join(extra)}"] if extra else []
+    parts += types or ([] if parts else ["columns are in another order"])
+    raise UserError(f"{where} is not a valid {schema} table: {'; '.join(parts)}.")
+
+
+def write_table(table: pl.DataFrame, schema: str, path: Path) -> None:
+    """Check ``table`` against ``schema`` and write it as parquet."""
+    check(table, schema, path).write_parquet(path, compression="zstd", statistics=False)
+
+
+def read_table(path: Path, schema: str) -> pl.DataFrame:
+    """Read a parquet table and check it.
+
+    Raises:
+        UserError: the file is missing, unreadable or of another schema.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; run the stage that writes it (`dvc repro`).")
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error}); delete it and run `dvc repro`.") from error
+    return check(table, schema, path)
