@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 EXIT_OK = 0
 EXIT_INTERNAL = 1

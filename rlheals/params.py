@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -127,6 +127,16 @@ class Inference(Block):
     top_p: Probability
     top_k: int
 
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_known(cls, name: str) -> str:
+        from rlheals.inference import ENGINES
+
+        if name not in ENGINES:
+            known = ", ".join(sorted(ENGINES))
+            raise ValueError(f"unknown engine; use {known}, or `rlheals profile NAME inference.engine=auto`")
+        return name
+
 
 class ProbeSft(Block):
     """Which answers ``probe_sft`` collects."""
@@ -202,7 +212,9 @@ def parse_params(raw: dict[str, Any], where: Path = PARAMS_FILE) -> Params:
 
 def _sentence(error: ValidationError, where: Path, raw: dict[str, Any]) -> str:
     """One clear sentence for the first problem of a validation error."""
-    first = error.errors()[0]
+    # A mistyped key is also a missing one; the mistyped one is what the user can see.
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in first["loc"]]
     if error.title != "Params":
         location = ["task", *location]
@@ -214,7 +226,11 @@ def _sentence(error: ValidationError, where: Path, raw: dict[str, Any]) -> str:
     if first["type"] == "missing":
         return f"{where}: {key} is missing; add it or run `python -m rlheals.profile mini` to write a complete file."
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {key or 'top level'}: {message} (got {first['input']!r})." if len(str(first["input"])) < 80 else f"{where}: {key or 'top level'}: {message}."
+    return (
+        f"{where}: {key or 'top level'}: {message} (got {first['input']!r})."
+        if len(str(first["input"])) < 80
+        else f"{where}: {key or 'top level'}: {message}."
+    )
 
 
 def _valid_keys(path: list[str], raw: dict[str, Any]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from rlheals.params import Architecture

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from rlheals.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _RUN = {"profile": pl.String, "model": pl.String, "seed": pl.Int64}
 _RUNG = {**_RUN, "stage": pl.String, "checkpoint_step": pl.Int64, "cell_id": pl.String}
@@ -20,8 +23,20 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "expressible": pl.Boolean,  # the prompt format can write a solution
         "held_out": pl.Boolean,
     },
-    "sft": {"row_id": pl.Int64, "hand_id": pl.String, "hand_key": pl.String, "prompt": pl.String, "completion": pl.String},
-    "rl_prompts": {"row_id": pl.Int64, "hand_id": pl.String, "hand_key": pl.String, "prompt": pl.String, "item": pl.String},
+    "sft": {
+        "row_id": pl.Int64,
+        "hand_id": pl.String,
+        "hand_key": pl.String,
+        "prompt": pl.String,
+        "completion": pl.String,
+    },
+    "rl_prompts": {
+        "row_id": pl.Int64,
+        "hand_id": pl.String,
+        "hand_key": pl.String,
+        "prompt": pl.String,
+        "item": pl.String,
+    },
     "probes": {
         "condition": pl.String,
         "split": pl.String,

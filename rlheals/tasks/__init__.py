@@ -7,16 +7,38 @@ import pkgutil
 
 from rlheals.tasks.core import (
     CONDITIONS as CONDITIONS,
+)
+from rlheals.tasks.core import (
     SPLITS as SPLITS,
+)
+from rlheals.tasks.core import (
     DatasetSizes as DatasetSizes,
+)
+from rlheals.tasks.core import (
     Episode as Episode,
+)
+from rlheals.tasks.core import (
     PromptFormat as PromptFormat,
+)
+from rlheals.tasks.core import (
     Task as Task,
+)
+from rlheals.tasks.core import (
     TaskData as TaskData,
+)
+from rlheals.tasks.core import (
     Turn as Turn,
+)
+from rlheals.tasks.core import (
     make_task as make_task,
+)
+from rlheals.tasks.core import (
     register as register,
+)
+from rlheals.tasks.core import (
     task_names as task_names,
+)
+from rlheals.tasks.core import (
     task_spec_model as task_spec_model,
 )
 

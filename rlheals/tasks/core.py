@@ -5,13 +5,14 @@ A second task is a new folder under ``rlheals/tasks`` that calls `register`; not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rlheals.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
     import polars as pl
     from pydantic import BaseModel
 
@@ -138,7 +139,7 @@ class Task(Protocol):
     def pretraining_rows(self, mixture: Mapping[str, float], rng: Any, count: int) -> list[list[tuple[str, bool]]]:
         """``count`` rows of the tiny base's synthetic mixture, each a list of (text, trained) segments.
 
-        Segments are words of `vocabulary` separated by spaces, special tokens included; the loss is on the trained ones.
+        Segments are words of `vocabulary` separated by spaces, special tokens included; only trained ones carry loss.
         """
         ...
 

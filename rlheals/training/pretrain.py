@@ -10,13 +10,14 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError, disk_errors
 from rlheals.progress import progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel
 
@@ -28,14 +29,16 @@ _BETAS = (0.9, 0.98)
 
 
 def learning_rate(step: int, settings: Base) -> float:
-    """Rate of 0-based ``step``: linear warm-up, constant, then linear decay to zero over the last ``decay_fraction``."""
+    """Rate of 0-based ``step``: linear warm-up, constant, linear decay to zero over the last ``decay_fraction``."""
     warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     decay_steps = settings.steps * settings.decay_fraction
     cool = min(1.0, (settings.steps - step) / decay_steps) if decay_steps else 1.0
     return settings.learning_rate * min(warm, cool)
 
 
-def encode(rows: Sequence[Sequence[tuple[str, bool]]], ids: dict[str, int], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    rows: Sequence[Sequence[tuple[str, bool]]], ids: dict[str, int], pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of (text, trained) segments as right-padded (rows, length) token ids and labels (-100: no loss)."""
     import torch
 

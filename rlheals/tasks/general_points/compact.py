@@ -13,15 +13,17 @@ fractions all the same.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+from rlheals.tasks.general_points.rules import FACES
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rlheals.tasks.general_points.rules import Rule
 
 LARGEST = 144
-FACES = ("J", "Q", "K")
 OPEN, CARDS, NUMBER, FORMULA, CLOSE = "{", '"cards"', '"number"', '"formula"', "}"
 
 Step = tuple[int, str, int, int]
@@ -69,7 +71,7 @@ def chain_text(chain: Chain) -> str:
 
 
 def cheapest_chain(values: tuple[int, ...], target: int) -> Chain | None:
-    """The chain with the least cost, then the smallest largest result, then the first in order; None when none exists."""
+    """The chain of least cost, then of smallest largest result, then first in order; None when there is none."""
     best = _best(values, target)
     return None if best is None else best[2]
 

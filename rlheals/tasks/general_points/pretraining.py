@@ -17,7 +17,6 @@ A row is a list of (text, trained) segments; the loss is on the trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
@@ -26,7 +25,6 @@ from rlheals.errors import UserError
 from rlheals.tasks.general_points.compact import (
     CARDS,
     CLOSE,
-    FACES,
     FORMULA,
     LARGEST,
     NUMBER,
@@ -36,8 +34,11 @@ from rlheals.tasks.general_points.compact import (
     chain_text,
     cheapest_chain,
 )
+from rlheals.tasks.general_points.rules import FACES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     import numpy as np
 
     from rlheals.tasks.general_points.task import GeneralPointsSpec
@@ -58,7 +59,21 @@ _PLAIN_WORDS = {OPEN: "hand", CARDS: "with", NUMBER: "is", FORMULA: "so", CLOSE:
 def vocabulary() -> list[str]:
     """Every word of the compact format, special tokens first."""
     numbers = [str(number) for number in range(LARGEST + 1)]
-    layout = [OPEN, CLOSE, CARDS, NUMBER, FORMULA, ":", ",", "task", "rule", "no", *_PLAIN_WORDS.values(), "cards", "numbers"]
+    layout = [
+        OPEN,
+        CLOSE,
+        CARDS,
+        NUMBER,
+        FORMULA,
+        ":",
+        ",",
+        "task",
+        "rule",
+        "no",
+        *_PLAIN_WORDS.values(),
+        "cards",
+        "numbers",
+    ]
     return [PAD, BOS, EOS, UNKNOWN, ARROW, *numbers, "A", *FACES, *"+-*/=", *layout, *REASONS, *FILLERS]
 
 
@@ -203,9 +218,17 @@ def _mistake(
     step = int(rng.integers(len(chain)))
     a, operation, b, result = chain[step]
     if kind < 0.75:  # a false running result
-        false = (*chain[:step], (a, operation, b, (result + 1 + int(rng.integers(9))) % (LARGEST + 1)), *chain[step + 1 :])
+        false = (
+            *chain[:step],
+            (a, operation, b, (result + 1 + int(rng.integers(9))) % (LARGEST + 1)),
+            *chain[step + 1 :],
+        )
         return "wrong_arithmetic", _shaped_response(rng, cards, values, false), []
-    return "wrong_value", _shaped_response(rng, cards, values, _valid_but_wrong(rng, values)), [str(w) for w in chain[0]]
+    return (
+        "wrong_value",
+        _shaped_response(rng, cards, values, _valid_but_wrong(rng, values)),
+        [str(w) for w in chain[0]],
+    )
 
 
 def _valid_but_wrong(rng: np.random.Generator, values: list[int]) -> Chain:

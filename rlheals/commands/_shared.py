@@ -1,0 +1,17 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = "Exit codes: 0 success, 1 internal error (please report it), 2 bad input (the message says what to change)."
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs instead of text.")]
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object on one line."""
+    typer.echo(json.dumps(content, sort_keys=True))

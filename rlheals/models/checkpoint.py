@@ -1,0 +1,302 @@
+"""Strict reading and writing of Hugging Face model folders: every tensor accounted for, or a clear error."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rlheals.errors import UserError, disk_errors
+from rlheals.publish import MANIFEST, sha256_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOATING = {"F64", "F32", "F16", "BF16"}
+REPAIR = "copy it again from its source, or delete it and run the stage that writes it"
+
+
+def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """Load the causal language model in folder ``path``, in evaluation mode.
+
+    Args:
+        path: a Hugging Face folder with ``config.json`` and safetensors, in one file or sharded.
+        dtype: type in memory, ``float32`` or ``bfloat16``; floating-point weights of another type are cast.
+        device: torch device.
+
+    Raises:
+        UserError: no config; pickled, truncated or corrupted weights; a tensor missing, unexpected or of another
+            shape than the config says; NaN or infinite weights; a digest that differs from a manifest's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_digests(path)
+    check_state(read_shapes(path), _skeleton(path), str(path))
+    with quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    check_finite(model.state_dict(), str(path))
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load the tokenizer in folder ``path``.
+
+    Raises:
+        UserError: it is missing or unreadable, or has no chat template or end token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises many types for a bad file
+        raise UserError(f"{path} holds no readable tokenizer ({_first_line(error)}); {REPAIR}.") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer in {path} has no chat template; add chat_template.jinja to the folder.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {path} has no end token; set eos_token in tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is always masked, so any token serves
+    return tokenizer
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """All weights of folder ``path`` by name, for `Engine.swap`, without building a model.
+
+    Raises:
+        UserError: as `load_model`, except that names and shapes are checked by the engine.
+    """
+    check_digests(path)
+    state: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        with _readable(file), safe_open(file, framework="pt") as weights:
+            state.update({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
+    check_finite(state, str(path))
+    return state
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write model and tokenizer as a folder that loads by itself, readable by all users.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    with write_errors(directory), quiet_bars():
+        directory.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        tidy(directory)
+
+
+def tidy(directory: Path) -> None:
+    """Drop what differs between equal runs or is no result, and let every user read the rest."""
+    for name in ("README.md", "training_args.bin"):
+        (directory / name).unlink(missing_ok=True)
+    for file in directory.iterdir():
+        if file.is_file():
+            file.chmod(0o644)  # HF writes weights with mode 600, which a shared cache cannot serve
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """`disk_errors`, for libraries that report a failed write by an error type of their own."""
+    with disk_errors(path):
+        try:
+            yield
+        except (SafetensorError, RuntimeError) as error:
+            code = _os_error_code(error)
+            if code is None:
+                raise
+            raise OSError(code, str(error)) from error
+
+
+def _os_error_code(error: Exception) -> int | None:
+    """The errno behind a failed write of safetensors (named in the text) or torch (whose text only says so)."""
+    import errno
+
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if f"os error {code})" in text:
+            return code
+    return errno.ENOSPC if "PytorchStreamWriter failed" in text or "unexpected pos" in text else None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder, in the index's order.
+
+    Raises:
+        UserError: there are none, or the index is unreadable or names a file that is not there.
+    """
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    if not (path / INDEX).is_file():
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{path / pickled[0]} is a pickled checkpoint, which can run code when loaded; convert it to "
+                "safetensors (save_pretrained of a recent transformers does) and point to the new folder."
+            )
+        raise UserError(
+            f"{path} has no {WEIGHTS}; point to a Hugging Face model folder or run the stage that writes it."
+        )
+    files = [path / name for name in dict.fromkeys(_weight_map(path).values())]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing though {INDEX} names it; {REPAIR}.")
+    return files
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor on disk, from the file headers alone.
+
+    Raises:
+        UserError: see `load_model`; also a sharded index that disagrees with its files.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(path):
+        with _readable(file), safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  not a dict
+                tensor = weights.get_slice(name)
+                if tensor.get_dtype() not in FLOATING:
+                    raise UserError(
+                        f"{file}: tensor {name} is {tensor.get_dtype()}, not floating point; "
+                        "use an unquantised checkpoint."
+                    )
+                shapes[name] = tuple(tensor.get_shape())
+    if (path / INDEX).is_file() and not (path / WEIGHTS).is_file():
+        _check_index(path, set(shapes))
+    return shapes
+
+
+def check_state(found: Mapping[str, tuple[int, ...]], model: Any, where: str) -> None:
+    """Check that ``found`` has exactly the tensors of ``model``; a tied tensor may be stored once or under each name.
+
+    Raises:
+        UserError: naming ``where`` and the tensors that are missing, unexpected or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    partners = {**{source: target for target, source in tied.items()}, **tied}
+    missing = [name for name in expected if name not in found and partners.get(name) not in found]
+    unexpected = [name for name in found if name not in expected]
+    shapes = [
+        f"{name} has shape {list(found[name])}, not {list(expected[name])}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    problems = [f"{_list(names)} {verb}" for names, verb in ((missing, "missing"), (unexpected, "unexpected")) if names]
+    problems += [_list(shapes)] if shapes else []
+    if problems:
+        raise UserError(
+            f"{where} does not hold the weights its config.json describes: {'; '.join(problems)}. "
+            "Use the config and weights of one and the same model."
+        )
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise `UserError` naming the first tensor of ``state`` with a NaN or an infinity."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{where}: tensor {name} holds NaN or infinite values; the checkpoint is unusable, retrain it."
+            )
+
+
+def check_digests(path: Path) -> None:
+    """Compare the folder's files with the manifest beside them or one level up, where there is one.
+
+    Raises:
+        UserError: a listed file is missing or its sha256 differs.
+    """
+    for directory in (path, path.resolve().parent):
+        if not (directory / MANIFEST).is_file():
+            continue
+        prefix = "" if directory == path else f"{path.resolve().name}/"
+        for name, digest in _json(directory / MANIFEST).items():
+            if not name.startswith(prefix) or Path(name).suffix == ".parquet":
+                continue
+            file = directory / name
+            if not file.is_file() or sha256_file(file) != digest:
+                raise UserError(f"{file} is missing or corrupted (its sha256 is not the manifest's); {REPAIR}.")
+
+
+def _skeleton(path: Path) -> Any:
+    """The model that ``config.json`` describes, on the meta device: names and shapes without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} has no {CONFIG}, so it is not a Hugging Face model folder; fix the path or {REPAIR}.")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # the library raises many types for a bad config
+        raise UserError(
+            f"{path / CONFIG} describes no model that can be built ({_first_line(error)}); {REPAIR}."
+        ) from error
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Tell an unreadable safetensors file as a `UserError`."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or corrupted ({_first_line(error)}); {REPAIR}.") from error
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Keep the library's own progress bars off the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    mapping = _json(path / INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise UserError(f"{path / INDEX} has no weight_map; {REPAIR}.")
+    return mapping
+
+
+def _check_index(path: Path, stored: set[str]) -> None:
+    named = set(_weight_map(path))
+    if named != stored:
+        raise UserError(f"{path / INDEX} and its files disagree on {_list(sorted(named ^ stored))}; {REPAIR}.")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is not valid JSON; {REPAIR}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object; {REPAIR}.")
+    return content
+
+
+def _list(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

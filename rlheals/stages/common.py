@@ -1,0 +1,115 @@
+"""What every stage entry shares: arguments, environment, paths, scratch, and how errors are told."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlheals.errors import EXIT_BAD_INPUT, UserError
+from rlheals.params import ModelSpec, Params, load_params
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the stage matrix.
+
+    Attributes:
+        params: the whole of ``params.yaml``.
+        model: name under ``models``; empty for stages that collect all of them.
+        seed: seed of this run.
+        root: project directory; all paths are relative to it.
+    """
+
+    params: Params
+    model: str
+    seed: int
+    root: Path = Path()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's block in params."""
+        return self.params.model[self.model]
+
+    def output(self, stage: str) -> Path:
+        """Directory that ``stage`` publishes for this cell: ``data/<profile>/<stage>/<model>/<seed>``."""
+        return self.root / "data" / self.params.profile / stage / self.model / str(self.seed)
+
+    def scratch(self, stage: str, *blocks: Any) -> Path:
+        """Directory for resumable state, named by a digest of ``blocks`` (params and manifests the stage read).
+
+        A changed parameter or input gives another directory, so a state is never resumed under other settings.
+        """
+        digest = hashlib.sha256(json.dumps(blocks, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        name = f"{self.params.profile}-{self.model}-{self.seed}-{digest}"
+        return self.root / "scratch" / stage / name
+
+    def columns(self) -> dict[str, Any]:
+        """The columns every table starts with."""
+        return {"profile": self.params.profile, "model": self.model, "seed": self.seed}
+
+
+def quiet_environment(threads: int) -> None:
+    """Switch telemetry and network look-ups off and fix the thread count; call before torch is imported."""
+    os.environ.update(OFFLINE)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["MKL_NUM_THREADS"] = str(threads)
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` when torch sees one, else ``cpu``.
+
+    Raises:
+        UserError: ``cuda`` is asked for and torch sees none.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("compute.device is cuda, but torch sees no CUDA device; set it to auto or cpu.")
+    return "cuda" if available else "cpu"
+
+
+def _cell(params: Params, model: str, seed: int) -> Run:
+    if model not in params.model:
+        raise UserError(f"--model {model} has no block under model in params.yaml; add one or fix the name.")
+    return Run(params, model, seed)
+
+
+def run_stage(stage: Callable[[Run], None], *, per_model: bool = True) -> None:
+    """Parse arguments, load params and run ``stage``; a `UserError` becomes one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=(sys.modules[stage.__module__].__doc__ or "").strip())
+    if per_model:
+        parser.add_argument("--model", required=True, help="model name, one of `models` in params.yaml")
+        parser.add_argument("--seed", required=True, type=int, help="seed, one of `seeds` in params.yaml")
+    arguments = parser.parse_args()
+    try:
+        params = load_params()
+        quiet_environment(params.compute.threads)
+        stage(_cell(params, arguments.model, arguments.seed) if per_model else Run(params, "", 0))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,130 @@
+"""The stages dataset, base, sft and probe_sft end to end on random models with real chat templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+
+from rlheals.errors import UserError
+from rlheals.evaluation.dialogue import Dialogue
+from rlheals.models.checkpoint import load_model, load_tokenizer
+from rlheals.publish import verify
+from rlheals.reporting.schemas import read_table
+from rlheals.stages.base import base
+from rlheals.stages.common import Run
+from rlheals.stages.dataset import dataset
+from rlheals.stages.probe_sft import probe_sft
+from rlheals.stages.sft import loss_sets, sft
+from tests.common import make_folder, make_params
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rlheals.params import Params
+
+RUNGS = [0, 1, 3]
+
+
+def params(source: Path, *more: str) -> Params:
+    spec = {"source": str(source), "prompt_format": "paper", "dtype": "float32"}
+    return make_params(
+        "models=[real]",
+        f"model={json.dumps({'real': spec})}",
+        "compute.threads=1",
+        "compute.device=cpu",
+        "dataset.sft_rows=24",
+        "dataset.rl_prompts=4",
+        "dataset.loss_rows=4",
+        "dataset.probe.select=3",
+        "dataset.probe.confirm=4",
+        "sft.steps=3",
+        f"sft.checkpoints={RUNGS}",
+        "sft.batch_size=4",
+        "sft.max_length=1024",
+        "sft.loss_every=2",
+        "sft.state_every=2",
+        "inference.batch_size=16",
+        "probe_sft.confirm_attempts=2",
+        *more,
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp(request.param)
+    run = Run(params(make_folder(root / "folder", request.param, max_position_embeddings=2048)), "real", 0, root)
+    for stage in (dataset, base, sft, probe_sft):
+        stage(run)
+    return run
+
+
+def test_every_directory_is_published_whole_and_scratch_is_gone(finished: Run) -> None:
+    for stage in ("dataset", "base", "sft", "probe_sft"):
+        verify(finished.output(stage))
+    assert [path for path in (finished.root / "scratch").rglob("*") if path.is_file()] == []
+
+
+def test_every_rung_is_a_folder_of_its_own(finished: Run) -> None:
+    ladder = finished.output("sft")
+    assert sorted(path.name for path in ladder.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in RUNGS]
+    for step in RUNGS:
+        load_model(ladder / f"checkpoint-{step}")
+        load_tokenizer(ladder / f"checkpoint-{step}")
+    first, start = (
+        load_file(path / "model.safetensors") for path in (ladder / "checkpoint-0", finished.output("base"))
+    )
+    assert all((first[name] == start[name]).all() for name in start)
+
+
+def test_losses_and_training_tables(finished: Run) -> None:
+    losses = read_table(finished.output("sft") / "losses.parquet", "losses")
+    assert set(losses["series"]) == {"train_id", "test_id", "ood"}
+    assert sorted(set(losses["step"])) == [0, 1, 2, 3]
+    fallen = losses.filter(pl.col("series") == "train_id").sort("step")["nll_per_token"]
+    assert fallen[-1] < fallen[0]
+    assert read_table(finished.output("sft") / "training.parquet", "training").height == 3
+
+
+def test_probe_tables(finished: Run) -> None:
+    directory = finished.output("probe_sft")
+    chosen = json.loads((directory / "selection.json").read_text())
+    assert chosen["end"] == 3
+    answers = read_table(directory / "answers.parquet", "answers")
+    assert set(answers["checkpoint_step"]) == set(RUNGS)
+    first = answers.filter(pl.col("attempt") == 1).group_by("split", "condition", "checkpoint_step").len()
+    assert set(first.filter(split="select")["len"]) == {3}
+    assert set(first.filter(split="confirm")["len"]) == {4}
+    second = answers.filter(pl.col("attempt") == 2)
+    assert set(second["checkpoint_step"]) == set(chosen.values())
+    assert set(second["split"]) == {"confirm"}
+    summary = read_table(directory / "probe_summary.parquet", "probe_summary")
+    within = summary.filter(pl.col("attempts") == 2)
+    assert set(within["checkpoint_step"]) == set(chosen.values())
+    assert set(within["split"]) == {"confirm"}
+    assert read_table(directory / "selection.parquet", "selection").height == 5
+    read_table(directory / "losses.parquet", "losses")
+
+
+def test_the_mismatched_ood_target_of_the_paper_is_another_text(finished: Run) -> None:
+    speak = Dialogue(load_tokenizer(finished.output("base")))
+    path = finished.output("dataset") / "loss_sets.parquet"
+    same, mismatched = (loss_sets(speak, path, target) for target in ("same", "paper_mismatched"))
+    assert {name for name in same if same[name] != mismatched[name]} == {"ood"}
+
+
+def test_an_altered_ladder_is_not_probed(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.root / "data", tmp_path / "data")
+    run = Run(finished.params, "real", 0, tmp_path)
+    file = run.output("sft") / "checkpoint-1" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    shutil.rmtree(run.output("probe_sft"))
+    with pytest.raises(UserError, match=r"checkpoint-1/model.safetensors is corrupted"):
+        probe_sft(run)
+    assert not run.output("probe_sft").exists()

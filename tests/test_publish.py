@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlheals.errors import UserError, disk_errors
+from rlheals.publish import MANIFEST, publish, sha256_file, verify
+
+
+def published(target: Path, **contents: str) -> Path:
+    with publish(target) as directory:
+        for name, text in contents.items():
+            (directory / name).write_text(text)
+    return target
+
+
+def test_published_directory_verifies_and_lists_every_file(tmp_path: Path) -> None:
+    target = tmp_path / "data" / "out"
+    with publish(target) as directory:
+        (directory / "deep").mkdir()
+        (directory / "deep" / "table.txt").write_text("x")
+        assert not target.exists(), "nothing may appear before the end"
+    assert verify(target) == {"deep/table.txt": sha256_file(target / "deep" / "table.txt")}
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_failing_body_leaves_what_was_there(tmp_path: Path) -> None:
+    target = published(tmp_path / "out", a="old")
+
+    def fail() -> None:
+        with publish(target) as directory:
+            (directory / "a").write_text("new")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert (target / "a").read_text() == "old"
+    assert verify(target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_publishing_again_replaces_everything(tmp_path: Path) -> None:
+    published(tmp_path / "out", a="1", b="2")
+    published(tmp_path / "out", a="3")
+    assert set(verify(tmp_path / "out")) == {"a"}
+
+
+def test_weights_with_narrow_permissions_become_readable(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as directory:
+        (directory / "w").write_text("x")
+        (directory / "w").chmod(0o600)
+    assert (tmp_path / "out" / "w").stat().st_mode & 0o777 == 0o644
+
+
+def test_same_content_gives_the_same_manifest(tmp_path: Path) -> None:
+    one, two = published(tmp_path / "one", b="2", a="1"), published(tmp_path / "two", a="1", b="2")
+    assert (one / MANIFEST).read_bytes() == (two / MANIFEST).read_bytes()
+
+
+@given(st.binary(min_size=1, max_size=2000), st.data())
+def test_any_changed_byte_is_found(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, data: st.DataObject
+) -> None:
+    target = tmp_path_factory.mktemp("p") / "out"
+    with publish(target) as directory:
+        (directory / "f").write_bytes(content)
+    place = data.draw(st.integers(0, len(content) - 1))
+    changed = bytearray(content)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    (target / "f").write_bytes(changed)
+    with pytest.raises(UserError, match=r"f is corrupted \(its sha256 differs\)"):
+        verify(target)
+
+
+def test_missing_parts_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; run the stage"):
+        verify(tmp_path / "none")
+    (tmp_path / "half").mkdir()
+    with pytest.raises(UserError, match="never completed"):
+        verify(tmp_path / "half")
+    target = published(tmp_path / "out", a="1")
+    (target / "a").unlink()
+    with pytest.raises(UserError, match="is missing though"):
+        verify(target)
+    (target / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        verify(target)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only"), (errno.EACCES, "permission")],
+)
+def test_disk_errors_become_sentences(number: int, words: str) -> None:
+    with pytest.raises(UserError, match=words), disk_errors(Path("data/x")):
+        raise OSError(number, "raw")
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(FileNotFoundError), disk_errors(Path("data/x")):
+        raise FileNotFoundError(errno.ENOENT, "raw")
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from rlheals.publish import publish
+with publish(Path(sys.argv[1])) as directory:
+    (directory / "big").write_bytes(b"x" * 2_000_000)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def limit_file_size() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+
+@pytest.mark.fault
+def test_a_write_past_a_limit_publishes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "out"), "limit"]
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_file_size, check=False)
+    assert run.returncode != 0
+    assert "the file would exceed the size limit; nothing was published" in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault
+def test_kill_publishes_nothing_and_the_next_run_cleans_up(tmp_path: Path) -> None:
+    target = published(tmp_path / "out", a="old")
+    run = subprocess.run([sys.executable, "-c", WRITER, str(target), "kill"], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert set(verify(target)) == {"a"}
+    published(target, a="new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((target / MANIFEST).read_text()).keys() == {"a"}
