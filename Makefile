@@ -47,7 +47,7 @@ test-fault: setup ## Tests that kill processes, fill disks and corrupt files.
 	python -m pytest -m fault
 
 bench: setup ## Measure and print the project's own timings.
-	@for script in bench/bench_*.py; do python "$$script" || exit 1; done
+	@for script in bench/bench_*.py; do echo "== $$script"; python -m "bench.$$(basename "$$script" .py)" || exit 1; done
 
 clean: ## Remove tool caches and half-finished state, never results.
 	rm -rf scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

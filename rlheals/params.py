@@ -133,8 +133,7 @@ class Inference(Block):
         from rlheals.inference import ENGINES
 
         if name not in ENGINES:
-            known = ", ".join(sorted(ENGINES))
-            raise ValueError(f"unknown engine; use {known}, or `rlheals profile NAME inference.engine=auto`")
+            raise ValueError(f"is {name!r}, which is not a known engine; use one of: {', '.join(sorted(ENGINES))}")
         return name
 
 

@@ -122,7 +122,7 @@ def make_trainer(model: Any, run: SftRun) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     settings = run.settings
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # the library announces that it copies the tokenizer's special tokens
     config = SFTConfig(
         output_dir=str(run.scratch / STATES),
         max_steps=settings.steps,

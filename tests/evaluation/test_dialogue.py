@@ -85,7 +85,7 @@ def tokenizer_with(template: str) -> Any:
 
 
 def test_templates_that_rewrite_the_past_are_refused() -> None:
-    with pytest.raises(UserError, match="chat template of the tokenizer .* does not keep the beginning of a chat"):
+    with pytest.raises(UserError, match=r"chat template of the tokenizer .* does not keep the beginning of a chat"):
         Dialogue(tokenizer_with(REWRITES + make_tokenizer("qwen2").chat_template))
 
 
@@ -98,5 +98,5 @@ def test_rows_whose_tokens_merge_across_the_boundary_are_refused() -> None:
 def test_a_template_without_the_end_token_is_refused() -> None:
     tokenizer = make_tokenizer("qwen2")
     tokenizer.eos_token = "<|endoftext|>"
-    with pytest.raises(UserError, match="does not end a response with the tokenizer's end token '<|endoftext|>'"):
+    with pytest.raises(UserError, match=r"does not end a response with the tokenizer's end token '<.endoftext.>'"):
         Dialogue(tokenizer)

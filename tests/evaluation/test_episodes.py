@@ -75,7 +75,7 @@ def test_a_full_context_ends_the_episode_unsolved() -> None:
 
 
 def test_a_first_prompt_that_does_not_fit_is_an_error() -> None:
-    with pytest.raises(UserError, match="first prompt of 6 tokens and a response of up to 4 do not fit .* of 9"):
+    with pytest.raises(UserError, match=r"first prompt of 6 tokens and a response of up to 4 do not fit .* of 9"):
         play(lambda chat: "0", context=9)
 
 

@@ -94,7 +94,7 @@ def test_a_prompt_near_the_end_of_the_context_gets_what_fits() -> None:
     short, long = built.generate([[5] * 3, [6] * 17], Sampling(10))
     assert len(short.token_ids) == 10
     assert len(long.token_ids) == 3
-    with pytest.raises(UserError, match="prompt 1 has 20 tokens, .* context of 20"):
+    with pytest.raises(UserError, match=r"prompt 1 has 20 tokens, .* context of 20"):
         built.generate([[5], [6] * 20], Sampling(1))
     with pytest.raises(UserError, match="prompt 0 is empty"):
         built.generate([[]], Sampling(1))

@@ -62,7 +62,7 @@ def test_sharded_folders_load(folder: Path, tmp_path: Path) -> None:
     for name, tensor in load_model(sharded).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     next(iter(sharded.glob("model-00002*"))).unlink()
-    with pytest.raises(UserError, match="model-00002.* is missing though"):
+    with pytest.raises(UserError, match=r"model-00002.* is missing though"):
         load_model(sharded)
 
 
@@ -72,7 +72,7 @@ def test_index_that_disagrees_with_its_files(tmp_path: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.norm.weight"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="disagree on model.norm.weight"):
+    with pytest.raises(UserError, match=r"disagree on model.norm.weight"):
         load_model(folder)
 
 
@@ -166,7 +166,7 @@ def test_broken_folders(folder: Path, file: str, content: str | None, message: s
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere has no model.safetensors"):
+    with pytest.raises(UserError, match=r"nowhere has no model.safetensors"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere holds no readable tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
@@ -176,7 +176,7 @@ def test_tokenizers_need_a_template_and_an_end(folder: Path) -> None:
     template = folder / "chat_template.jinja"
     text = template.read_text()
     template.unlink()
-    with pytest.raises(UserError, match="has no chat template; add chat_template.jinja"):
+    with pytest.raises(UserError, match=r"has no chat template; add chat_template.jinja"):
         load_tokenizer(folder)
     template.write_text(text)
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pytest
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from rlheals.errors import UserError
 from rlheals.evaluation.dialogue import Dialogue
+from rlheals.evaluation.probes import Prober
 from rlheals.models.checkpoint import load_model, load_tokenizer
 from rlheals.publish import verify
 from rlheals.reporting.schemas import read_table
@@ -128,3 +129,27 @@ def test_an_altered_ladder_is_not_probed(finished: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint-1/model.safetensors is corrupted"):
         probe_sft(run)
     assert not run.output("probe_sft").exists()
+
+
+def test_a_probe_that_was_stopped_goes_on_where_it_was(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished.root / "data", tmp_path / "data")
+    run = Run(finished.params, "real", 0, tmp_path)
+    expected = (run.output("probe_sft") / "answers.parquet").read_bytes()
+    shutil.rmtree(run.output("probe_sft"))
+    ask, asked = Prober.answers, []
+
+    def stop_at_fifth(self: Prober, rows: pl.DataFrame, *more: Any) -> pl.DataFrame:
+        asked.append(len(rows))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return ask(self, rows, *more)
+
+    monkeypatch.setattr(Prober, "answers", stop_at_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        probe_sft(run)
+    assert not run.output("probe_sft").exists()
+    probe_sft(run)
+    assert len(asked) == 5 + 2  # two passes over three rungs: four were kept, two are asked again
+    assert (run.output("probe_sft") / "answers.parquet").read_bytes() == expected
