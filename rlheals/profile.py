@@ -183,7 +183,7 @@ def _set(document: CommentedMap, override: str) -> None:
     if key not in known and not key.startswith(tuple(f"{block}." for block in OPEN_BLOCKS)):
         raise UserError(f"{key} is not a known key; {_nearest(key, known)}")
     try:
-        value = _yaml().load(text)
+        value = _plain_floats(_yaml().load(text))
     except YAMLError as error:
         raise UserError(f"the value of {key} is not valid YAML: {text!r}.") from error
     *parents, last = key.split(".")
@@ -193,6 +193,15 @@ def _set(document: CommentedMap, override: str) -> None:
         if not isinstance(block, CommentedMap):
             raise UserError(f"{key} cannot be set because {parent} is a value, not a block.")
     block[last] = value
+
+
+def _plain_floats(value: Any) -> Any:
+    """The same YAML value with built-in floats: writing ruamel's own loses the last digit of some."""
+    if isinstance(value, float):
+        return float(value)
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        value[key] = _plain_floats(value[key])
+    return value
 
 
 def _paths(block: CommentedMap, prefix: str = "") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,12 +124,10 @@ def write_errors(path: Path) -> Iterator[None]:
 
 def _os_error_code(error: Exception) -> int | None:
     """The errno behind a failed write of safetensors (named in the text) or torch (whose text only says so)."""
-    import errno
-
     text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-        if f"os error {code})" in text:
-            return code
+    named = [code for code in errno.errorcode if f"(os error {code})" in text]
+    if named:
+        return named[0]
     return errno.ENOSPC if "PytorchStreamWriter failed" in text or "unexpected pos" in text else None
 
 

@@ -122,20 +122,22 @@ def test_a_changed_parameter_touches_only_the_stages_that_read_it(
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "expected"),
+    ("block", "change", "expected"),
     [
-        ("  learning_rate: 1.0e-3", "  learning_rat: 1.0e-3", "sft.learning_rat is not a known key; did you mean"),
-        ("target: 24 ", "target: 999983 ", "999983"),
-        ("checkpoints: [0, 5, 10, 20]", "checkpoints: [0, 50]", "checkpoints holds 50"),
-        ("engine: transformers", "engine: telepathy", "telepathy"),
+        ("sft", {"learning_rat": 1e-3}, "sft.learning_rat is not a known key; did you mean sft.learning_rate?"),
+        ("sft", {"checkpoints": [0, 99]}, "checkpoints holds 99, but training has only steps 0 to"),
+        ("task", {"target": 999983}, "999983"),
+        ("task", {"name": "chess"}, "use one of: general_points"),
+        ("inference", {"engine": "telepathy"}, "use one of: transformers"),
     ],
 )
-def test_bad_input_stops_the_run_with_one_sentence(tmp_path: Path, old: str, new: str, expected: str) -> None:
+def test_bad_input_is_one_sentence(tmp_path: Path, block: str, change: dict, expected: str) -> None:
     folder = copy_of_the_tree(tmp_path)
     profile(folder, "smoke")
-    path = folder / "params.yaml"
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
+    yaml = YAML()
+    raw = yaml.load(folder / "params.yaml")
+    raw[block] |= change
+    yaml.dump(raw, folder / "params.yaml")
     told = call(folder, sys.executable, "-m", "rlheals.stages.dataset", "--model", "tiny", "--seed", "0", code=2)
     assert told.startswith("error: ")
     assert expected in told

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import polars as pl
+import pytest
+import torch
+
+from rlheals import cli
+from rlheals.models.checkpoint import save_model
+from rlheals.models.tiny import tiny_llama, tiny_tokenizer
+from rlheals.params import Architecture
+from rlheals.publish import verify
+from rlheals.reporting.schemas import read_table
+from rlheals.tasks import make_task
+from rlheals.tasks.general_points import GeneralPointsSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that speaks the compact format."""
+    folder = tmp_path_factory.mktemp("models") / "checkpoint-30"
+    folder.mkdir()
+    task = make_task(GeneralPointsSpec.paper())
+    tokenizer = tiny_tokenizer(task.vocabulary(), **task.special_words())
+    shape = Architecture(
+        hidden_size=32, layers=1, heads=1, kv_heads=1, intermediate_size=32, max_position_embeddings=320
+    )
+    torch.manual_seed(0)
+    save_model(tiny_llama(shape, tokenizer), tokenizer, folder)
+    return folder
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", *arguments])
+    return int(stopped.value.code or 0)
+
+
+def test_writes_every_answer_and_reports_both_conditions(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    assert run(str(model), "--n", "6", "--attempts", "2", "--json", "--output", str(target)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["format"], told["dtype"], told["output"]) == ("compact", "float32", str(target))
+    cells = [(row["condition"], row["attempts"], row["n"]) for row in told["results"]]
+    assert cells == [("id", 1, 6), ("id", 2, 6), ("ood", 1, 6), ("ood", 2, 6)]
+    assert all(row["wilson_low"] <= row["accuracy"] <= row["wilson_high"] for row in told["results"])
+    assert set(verify(target)) == {"answers.parquet", "probe_summary.parquet"}
+    answers = read_table(target / "answers.parquet", "answers")
+    assert answers.filter(pl.col("attempt") == 1).height == 12
+    assert answers["checkpoint_step"].unique().to_list() == [30]
+
+
+def test_shows_a_table_and_names_the_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(str(model), "--n", "3", "--format", "compact", "--output", str(tmp_path / "out")) == 0
+    out = capsys.readouterr().out
+    assert "compact prompts, float32, greedy" in out
+    assert "95 % interval" in out
+    assert out.rstrip().endswith("answers.parquet")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--probe", "chess"], "use one of: general_points"),
+        (["--format", "paper", "--n", "2"], "do not fit into the model's context"),
+    ],
+)
+def test_bad_input_exits_2(model: Path, tmp_path: Path, capsys, options: list[str], expected: str) -> None:
+    target = tmp_path / "out"
+    assert run(str(model), *options, "--output", str(target)) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+    assert not target.exists()
+
+
+def test_a_folder_that_is_no_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(str(tmp_path)) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_a_broken_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert run(str(tmp_path)) == 2
+    assert "is not valid JSON" in capsys.readouterr().err
