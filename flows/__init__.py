@@ -1,0 +1,1 @@
+"""Prefect flows: orchestration and nothing else (none yet; the pipeline runs through `dvc repro`)."""

@@ -114,7 +114,7 @@ def _step(
         group["lr"] = rate
     inputs, targets = (tensor.to(model.device) for tensor in batch)
     loss = mean_loss(model, inputs, targets)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
