@@ -49,5 +49,6 @@ test-fault: setup ## Tests that kill processes, fill disks and corrupt files.
 bench: setup ## Measure and print the project's own timings.
 	@for script in bench/bench_*.py; do echo "== $$script"; python -m "bench.$$(basename "$$script" .py)" || exit 1; done
 
-clean: ## Remove tool caches and half-finished state, never results.
-	rm -rf scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove tool caches and half-finished state, never results or copies of params.yaml.
+	if [ -d scratch ]; then find scratch -mindepth 1 -maxdepth 1 ! -name 'params.before-*.yaml' -exec rm -rf {} +; fi
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

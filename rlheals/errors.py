@@ -43,8 +43,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # Rust writers (safetensors, polars) wrap the system error and keep only its text: "… (os error 28)".
-        number = error.errno if isinstance(error, OSError) and error.errno else _system_error_number(str(error))
+        number = system_error_number(error)
         if number not in causes:
             raise
         raise UserError(
@@ -53,7 +52,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _system_error_number(message: str) -> int:
-    """The number in a trailing ``(os error N)``; 0 when there is none."""
-    found = re.search(r"\(os error (\d+)\)", message)
-    return int(found.group(1)) if found else 0
+def system_error_number(error: Exception) -> int:
+    """The ``errno`` behind an error; 0 when there is none.
+
+    Some writers keep only the text of the system's error: Rust ones (safetensors, polars) end it in ``(os error 28)``,
+    and ``shutil.copytree`` collects one ``[Errno 28] …`` a file. Torch's says that a write failed, but not why; the
+    disk is full in practice.
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    text = str(error)
+    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)
+    if found:
+        return int(found[1] or found[2])
+    return errno.ENOSPC if "PytorchStreamWriter failed" in text or "unexpected pos" in text else 0

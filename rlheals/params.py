@@ -7,15 +7,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rlheals.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
+# Strict, so that true is no number; a strict float still takes the integers that YAML gives for 1 or 5.
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Integer = Annotated[int, Field(strict=True)]
+Probability = Annotated[Number, Field(ge=0, le=1)]
+Nonnegative = Annotated[Number, Field(ge=0)]
+Rate = Annotated[Number, Field(gt=0)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+Positive = Annotated[Integer, Field(gt=0)]
+Count = Annotated[Integer, Field(ge=0)]
+Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -41,6 +58,15 @@ class Architecture(Block):
     kv_heads: Positive
     intermediate_size: Positive
     max_position_embeddings: Positive
+
+    @field_validator("heads", "kv_heads")
+    @classmethod
+    def _divides(cls, number: int, info: ValidationInfo) -> int:
+        whole = "hidden_size" if info.field_name == "heads" else "heads"
+        total = info.data.get(whole, number)
+        if total % number:
+            raise ValueError(f"must divide {whole}, which is {total}")
+        return number
 
 
 class ModelSpec(Block):
@@ -80,42 +106,52 @@ class Base(Block):
 
     steps: Positive
     batch_size: Positive
-    learning_rate: float
-    weight_decay: float
-    warmup_steps: int
+    learning_rate: Rate
+    weight_decay: Nonnegative
+    warmup_steps: Count
     decay_fraction: Probability
     state_every: Positive
-    mixture: dict[str, float]
+    mixture: dict[str, Nonnegative]
+
+    @field_validator("mixture")
+    @classmethod
+    def _shares_sum_to_one(cls, shares: dict[str, float]) -> dict[str, float]:
+        total = sum(shares.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares sum to {total:g}, not 1; change them")
+        return shares
 
 
 class Sft(Block):
     """Supervised fine-tuning."""
 
     steps: Positive
-    checkpoints: list[int]
+    checkpoints: Annotated[list[Integer], Field(min_length=1)]
     batch_size: Positive
     accumulation: Positive
-    learning_rate: float
+    learning_rate: Rate
     schedule: Literal["constant", "cosine", "paper_log_warmup"]
-    warmup_steps: int
-    weight_decay: float
-    adam_betas: tuple[float, float]
-    adam_epsilon: float
-    max_grad_norm: float
-    gradient_checkpointing: bool
+    warmup_steps: Count
+    weight_decay: Nonnegative
+    adam_betas: tuple[Beta, Beta]
+    adam_epsilon: Rate
+    max_grad_norm: Nonnegative
+    gradient_checkpointing: StrictBool
     loss_every: Positive
     state_every: Positive
     ood_loss_target: Literal["same", "paper_mismatched"]
     max_length: Positive
 
-    @model_validator(mode="after")
-    def _checkpoints_within_training(self) -> Sft:
-        beyond = [step for step in self.checkpoints if not 0 <= step <= self.steps]
+    @field_validator("checkpoints")
+    @classmethod
+    def _checkpoints_within_training(cls, steps: list[int], info: ValidationInfo) -> list[int]:
+        last = info.data.get("steps", max(steps))
+        beyond = [step for step in steps if not 0 <= step <= last]
         if beyond:
-            raise ValueError(f"checkpoints holds {beyond[0]}, but training has only steps 0 to {self.steps}")
-        if self.checkpoints != sorted(set(self.checkpoints)):
+            raise ValueError(f"the list of checkpoints holds {beyond[0]}, but training has only steps 0 to {last}")
+        if steps != sorted(set(steps)):
             raise ValueError("checkpoints must be strictly increasing")
-        return self
+        return steps
 
 
 class Inference(Block):
@@ -123,9 +159,9 @@ class Inference(Block):
 
     engine: str
     batch_size: Positive
-    temperature: float
-    top_p: Probability
-    top_k: int
+    temperature: Nonnegative
+    top_p: Annotated[Number, Field(gt=0, le=1)]
+    top_k: Count
 
     @field_validator("engine")
     @classmethod
@@ -155,8 +191,8 @@ class Params(Block):
     """All of ``params.yaml``."""
 
     profile: Name
-    models: list[Name]
-    seeds: list[int]
+    models: Annotated[list[Name], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     compute: Compute
     model: dict[str, ModelSpec]
     task: dict[str, Any]
@@ -166,6 +202,14 @@ class Params(Block):
     inference: Inference
     probe_sft: ProbeSft
     report: Report
+
+    @field_validator("models", "seeds")
+    @classmethod
+    def _each_once(cls, values: list[Any]) -> list[Any]:
+        twice = [value for place, value in enumerate(values) if value in values[:place]]
+        if twice:
+            raise ValueError(f"names {twice[0]!r} twice; every run needs a name of its own")
+        return values
 
     @model_validator(mode="after")
     def _models_are_described(self) -> Params:

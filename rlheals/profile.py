@@ -10,6 +10,7 @@ import difflib
 import io
 import re
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 COMPLETE = "mini"
 OPEN_BLOCKS = ("model", "base.mixture", "task.training_rule", "task.ood_rule")
 """Blocks whose keys the user names, so a new key there is not a typing error."""
-BACKUP = Path("scratch/params.before.yaml")
+BACKUP = "scratch/params.before-{}.yaml"
+"""Copies of files edited by hand, numbered from 1; `make clean` keeps them."""
 
 
 def preset_names() -> list[str]:
@@ -91,7 +93,7 @@ def current_profile(path: Path = PARAMS_FILE) -> str | None:
 
 
 def write_profile(text: str, path: Path = PARAMS_FILE) -> Path | None:
-    """Write ``text`` to ``path`` in one rename; a file edited by hand is first copied to `BACKUP`.
+    """Write ``text`` to ``path`` in one rename; a file edited by hand is first copied (see `BACKUP`).
 
     Returns:
         The copy's path when one was made.
@@ -106,12 +108,17 @@ def write_profile(text: str, path: Path = PARAMS_FILE) -> Path | None:
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         if edited:
-            backup = path.parent / BACKUP
+            backup = _free_backup(path.parent)
             backup.parent.mkdir(parents=True, exist_ok=True)
             backup.write_text(previous)
         temporary.write_text(text)
         temporary.replace(path)
     return backup if edited else None
+
+
+def _free_backup(folder: Path) -> Path:
+    """The first path of the pattern `BACKUP` in ``folder`` that is not taken."""
+    return next(path for number in count(1) if not (path := folder / BACKUP.format(number)).exists())
 
 
 def _folder() -> Any:

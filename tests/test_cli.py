@@ -86,6 +86,16 @@ def test_profile_writes_keeps_and_lists(capsys: pytest.CaptureFixture[str], tmp_
     assert list(json.loads(out)) == ["mini", "mini-confirm", "paper", "smoke"]
 
 
+def test_a_kept_profile_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    run(capsys, "profile", "smoke", "--output", str(path))
+    path.write_text(path.read_text() + "modles: [tiny]\n")
+    code, out, err = run(capsys, "profile", "smoke", "--keep", "--output", str(path))
+    assert (code, out) == (2, "")
+    assert err == f"error: {path}: modles is not a known key; did you mean models?\n"
+    assert "modles" in path.read_text()
+
+
 def test_profile_without_a_name_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "profile")
     assert code == 2

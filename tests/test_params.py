@@ -122,10 +122,41 @@ def test_unknown_key_names_the_nearest(path: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"sft__checkpoints": [0, 5, 99999]}, ["params.yaml", "sft", "99999", "only steps 0 to"]),
-        ({"sft__checkpoints": [5, 0]}, ["sft", "strictly increasing"]),
+        ({"sft__checkpoints": [0, 5, 99999]}, ["params.yaml", "sft.checkpoints", "99999", "only steps 0 to"]),
+        ({"sft__checkpoints": [5, 0]}, ["sft.checkpoints", "strictly increasing"]),
         ({"sft__learning_rate": "fast"}, ["sft.learning_rate", "'fast'"]),
         ({"sft__steps": 0}, ["sft.steps"]),
+        ({"sft__steps": True}, ["sft.steps", "True"]),
+        ({"sft__learning_rate": True}, ["sft.learning_rate", "True"]),
+        ({"sft__learning_rate": 0}, ["sft.learning_rate", "greater than 0"]),
+        ({"base__learning_rate": -1e-3}, ["base.learning_rate", "greater than 0"]),
+        ({"base__learning_rate": float("inf")}, ["base.learning_rate", "finite"]),
+        ({"sft__gradient_checkpointing": 1}, ["sft.gradient_checkpointing"]),
+        ({"sft__checkpoints": []}, ["sft.checkpoints", "at least 1"]),
+        ({"sft__checkpoints": [False, 5]}, ["sft.checkpoints.0"]),
+        ({"sft__warmup_steps": -1}, ["sft.warmup_steps"]),
+        ({"base__warmup_steps": -1}, ["base.warmup_steps"]),
+        ({"sft__weight_decay": -0.1}, ["sft.weight_decay"]),
+        ({"base__weight_decay": -0.1}, ["base.weight_decay"]),
+        ({"sft__adam_betas": [0.9, 1.0]}, ["sft.adam_betas.1"]),
+        ({"sft__adam_betas": [0.9]}, ["sft.adam_betas"]),
+        ({"sft__adam_epsilon": 0}, ["sft.adam_epsilon"]),
+        ({"inference__temperature": -0.1}, ["inference.temperature"]),
+        ({"inference__top_p": 0}, ["inference.top_p"]),
+        ({"inference__top_k": -1}, ["inference.top_k"]),
+        ({"seeds": []}, ["seeds", "at least 1"]),
+        ({"seeds": [0, -1]}, ["seeds.1"]),
+        ({"seeds": [3, 4, 3]}, ["seeds", "3 twice"]),
+        ({"seeds": [2**32]}, ["seeds.0"]),
+        ({"models": []}, ["models", "at least 1"]),
+        ({"models": ["tiny", "tiny"]}, ["models", "'tiny' twice"]),
+        ({"base__mixture": {"read": 0.5}}, ["base.mixture", "sum to 0.5, not 1"]),
+        ({"base__mixture": {"read": 1.5, "solve": -0.5}}, ["base.mixture.solve"]),
+        (
+            {"model__tiny__architecture__heads": 3},
+            ["model.tiny.architecture.heads", "divide hidden_size, which is 128"],
+        ),
+        ({"model__tiny__architecture__kv_heads": 3}, ["model.tiny.architecture.kv_heads", "divide heads, which is 4"]),
         ({"inference__engine": "auto"}, ["inference.engine", "transformers", "'auto'"]),
         ({"models": ["tiny", "large"]}, ["'large'", "no block under model"]),
         ({"model__tiny__source": "models/somewhere"}, ["model.tiny", "architecture"]),
@@ -139,6 +170,15 @@ def test_wrong_values_are_told_by_key(changes: dict[str, Any], parts: list[str])
     for part in parts:
         assert part in told
     assert "\n" not in told
+
+
+def test_whole_numbers_serve_as_shares_and_rates() -> None:
+    params = parse_params(content(inference__temperature=1, sft__adam_betas=[0, 0.5], base__mixture={"read": 1}))
+    assert (params.inference.temperature, params.sft.adam_betas, params.base.mixture) == (
+        1.0,
+        (0.0, 0.5),
+        {"read": 1.0},
+    )
 
 
 def test_mistyped_key_is_told_before_the_key_it_replaces() -> None:

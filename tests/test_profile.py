@@ -40,6 +40,7 @@ def test_null_in_a_patch_removes_a_key() -> None:
 
 def test_the_paper_preset_holds_the_paper_settings() -> None:
     sft = read(render("paper").text)["sft"]
+    assert sft["ood_loss_target"] == "paper_mismatched"
     assert sft["batch_size"] * sft["accumulation"] == 64
     assert (sft["learning_rate"], sft["schedule"], sft["warmup_steps"]) == (1e-6, "paper_log_warmup", 376)
     assert (sft["adam_betas"], sft["adam_epsilon"], sft["weight_decay"]) == ([0.9, 0.98], 1e-7, 0.0)
@@ -65,7 +66,9 @@ def test_override_sets_one_value_and_keeps_the_rest_of_the_text() -> None:
     assert changed[0][1].split("#")[1] == changed[0][0].split("#")[1]
 
 
-@given(st.integers(0, 10**6), st.floats(1e-9, 1e3), st.lists(st.integers(0, 10**4), min_size=1, max_size=5))
+@given(
+    st.integers(0, 10**6), st.floats(1e-9, 1e3), st.lists(st.integers(0, 10**4), min_size=1, max_size=5, unique=True)
+)
 def test_overrides_are_read_back_as_given(target: int, rate: float, seeds: list[int]) -> None:
     text = render("mini", [f"task.target={target + 1}", f"base.learning_rate={rate!r}", f"seeds={seeds}"]).text
     values = read(text)
@@ -75,6 +78,7 @@ def test_overrides_are_read_back_as_given(target: int, rate: float, seeds: list[
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        ("base.mixture.read=0.9", "base.mixture: the shares sum to 1.8"),
         ("sft.lr=1e-3", "did you mean sft.learning_rate"),
         ("sft.stepz=3", "did you mean sft.steps"),
         ("learning_rate=1", "did you mean sft.learning_rate"),
@@ -114,6 +118,10 @@ def test_write_keeps_a_copy_of_a_hand_edit_only(tmp_path: Path) -> None:
     backup = write_profile(render("mini").text, path)
     assert backup is not None
     assert backup.read_text() == edited
+    path.write_text("second edit")
+    second = write_profile(render("mini").text, path)
+    assert [each.name for each in (backup, second) if each] == ["params.before-1.yaml", "params.before-2.yaml"]
+    assert (backup.read_text(), second and second.read_text()) == (edited, "second edit")
     assert current_profile(path) == "mini"
     assert [found.name for found in tmp_path.iterdir() if found.is_file()] == ["params.yaml"]
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlheals.errors import UserError, disk_errors
-from rlheals.publish import MANIFEST, publish, sha256_file, verify
+from rlheals.publish import MANIFEST, newest_intact, publish, sha256_file, verify, write_manifest
 
 
 def published(target: Path, **contents: str) -> Path:
@@ -52,6 +53,81 @@ def test_publishing_again_replaces_everything(tmp_path: Path) -> None:
     published(tmp_path / "out", a="1", b="2")
     published(tmp_path / "out", a="3")
     assert set(verify(tmp_path / "out")) == {"a"}
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"name": "a browser extension"}'])
+def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path, manifest: str | None) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").write_text("x")
+    if manifest:
+        (mine / MANIFEST).write_text(manifest)
+    with pytest.raises(UserError, match="mine exists and is no output of rlheals"):
+        published(mine, a="1")
+    assert (mine / "thesis").read_text() == "x"
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_files_links_and_the_folder_one_is_in_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(published(tmp_path / "out", a="1"))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for target in (tmp_path / "file", tmp_path / "link", tmp_path / "dangling", Path(), Path("..")):
+        with pytest.raises(UserError, match="is not replaced; name another folder"):
+            published(target, a="2")
+    assert (tmp_path / "link" / "a").read_text() == "1"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert set(verify(published(tmp_path / "out", a="1"))) == {"a"}
+
+
+@pytest.mark.parametrize("name", ["stray", ".hidden", "deep/stray", f"deep/{MANIFEST}"])
+def test_an_extra_file_is_found(tmp_path: Path, name: str) -> None:
+    target = published(tmp_path / "out", a="1")
+    (target / "deep").mkdir()
+    assert set(verify(target)) == {"a"}
+    (target / name).write_text("x")
+    with pytest.raises(UserError, match=rf"{name} is not listed in {MANIFEST}"):
+        verify(target)
+
+
+def test_a_manifest_further_down_is_a_file_like_any_other(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as directory:
+        (directory / "deep").mkdir()
+        (directory / "deep" / MANIFEST).write_text("{}")
+    assert set(verify(tmp_path / "out")) == {f"deep/{MANIFEST}"}
+
+
+def states(root: Path, *steps: int) -> list[Path]:
+    for step in steps:
+        (root / f"state-{step}").mkdir()
+        (root / f"state-{step}" / "weights").write_text(str(step))
+        write_manifest(root / f"state-{step}")
+    return list(root.iterdir())
+
+
+def test_the_newest_state_counts_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert newest_intact([]) is None
+    assert newest_intact(states(tmp_path, 9, 10, 8)) == tmp_path / "state-10"
+    assert capsys.readouterr().err == ""
+
+
+def test_an_altered_state_is_told_and_a_cut_one_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = states(tmp_path, 1, 2, 3)
+    (tmp_path / "state-3" / MANIFEST).unlink()
+    assert newest_intact(found) == tmp_path / "state-2"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "state-2" / "weights").write_text("")
+    assert newest_intact(list(tmp_path.iterdir())) == tmp_path / "state-1"
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path / 'state-2'} is damaged and was deleted; an earlier state is used, if any.\n"
+    )
+    assert list(tmp_path.iterdir()) == [tmp_path / "state-1"]
 
 
 def test_weights_with_narrow_permissions_become_readable(tmp_path: Path) -> None:
@@ -103,6 +179,22 @@ def test_missing_parts_are_told_apart(tmp_path: Path) -> None:
 def test_disk_errors_become_sentences(number: int, words: str) -> None:
     with pytest.raises(UserError, match=words), disk_errors(Path("data/x")):
         raise OSError(number, "raw")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'"), ("c", "d", "[Errno 28] No space")]),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3"),
+    ],
+)
+def test_a_full_disk_told_only_in_the_text_is_understood(error: Exception) -> None:
+    with (
+        pytest.raises(UserError, match=r"data/x could not be written because the disk is full"),
+        disk_errors(Path("data/x")),
+    ):
+        raise error
 
 
 def test_other_errors_pass_through() -> None:

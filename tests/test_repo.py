@@ -149,6 +149,20 @@ def test_every_make_target_is_listed_by_help() -> None:
     assert [line.split()[0] for line in shown.splitlines()] == phony[1].split()
 
 
+def test_make_clean_keeps_results_and_copies_of_params(tmp_path: Path) -> None:
+    kept = ["data/out", "scratch/params.before-1.yaml", "scratch/params.before-12.yaml"]
+    for name in [*kept, "scratch/sft/state-1/weights", ".ruff_cache/x"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for _ in range(2):
+        subprocess.run(["make", "-s", "-f", str(ROOT / "Makefile"), "clean"], cwd=tmp_path, check=True)
+        assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == kept
+    (tmp_path / kept[1]).unlink()
+    (tmp_path / kept[2]).unlink()
+    (tmp_path / "scratch").rmdir()
+    subprocess.run(["make", "-s", "-f", str(ROOT / "Makefile"), "clean"], cwd=tmp_path, check=True)
+
+
 def stages() -> dict[str, Any]:
     return YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 

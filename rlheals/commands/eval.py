@@ -53,15 +53,16 @@ def evaluate(
 
     Every answer is written to OUTPUT/answers.parquet, the summary to OUTPUT/probe_summary.parquet.
     """
-    from rlheals.publish import publish
+    from rlheals.publish import check_target, publish
     from rlheals.reporting.schemas import write_table
     from rlheals.stages.common import Run, quiet_environment
 
     params = _params(model, probe, prompt_format, dtype, device, batch_size)
+    target = output or Path("data") / "eval" / model.resolve().name
+    check_target(target)
     quiet_environment(params.compute.threads)
     run = Run(params, "probed", seed)
     answers, summary = _probe(run, model, n, attempts)
-    target = output or Path("data") / "eval" / model.resolve().name
     with publish(target) as directory:
         write_table(answers, "answers", directory / "answers.parquet")
         write_table(summary, "probe_summary", directory / "probe_summary.parquet")

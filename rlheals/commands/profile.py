@@ -24,13 +24,13 @@ def profile(
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("params.yaml"),
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets and exit.")] = False,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the file alone when it is of this profile already.")
+        bool, typer.Option("--keep", help="Only check the file when it is of this profile already.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Write params.yaml from a preset, with every key explained where it stands.
 
-    A file you had edited by hand is first copied to scratch/params.before.yaml.
+    A file you had edited by hand is first copied to scratch/params.before-1.yaml, or the next free number.
     """
     if list_presets:
         _list(as_json)
@@ -54,10 +54,12 @@ def _list(as_json: bool) -> None:
 
 
 def _write(name: str, overrides: list[str], output: Path, keep: bool, as_json: bool) -> None:
+    from rlheals.params import load_params
     from rlheals.profile import current_profile, render, write_profile
 
     rendered = render(name, overrides)
     if keep and not overrides and current_profile(output) == name:
+        load_params(output)  # no stage would read it, and so find a mistake in it, when nothing is out of date
         notes, written = [f"{output} is of profile {name} already and was left as it is."], False
     else:
         backup = write_profile(rendered.text, output)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from rlheals.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from rlheals.evaluation.dialogue import EncodedRow
 
 BATCH_TOKENS = 8192
+_CHECKED_TOKENS = 8
 
 
 class Loss(NamedTuple):
@@ -32,17 +35,40 @@ def teacher_forced_loss(model: Any, rows: Sequence[EncodedRow], batch_tokens: in
         model: a Hugging Face causal language model.
         rows: token ids of prompts and completions.
         batch_tokens: padded tokens of a batch.
+
+    Raises:
+        UserError: the model does more to its hidden states than apply its output head, see `check_head`.
     """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     with torch.inference_mode():
+        check_head(model, rows[0])
         for batch in _batches(sorted(rows, key=_length), batch_tokens):
             losses = _token_losses(model, batch)
             total += float(losses.double().sum())
             count += len(losses)
     model.train(was_training)
     return Loss(total / count, count)
+
+
+def check_head(model: Any, row: EncodedRow) -> None:
+    """Refuse a model whose logits are not plainly head(hidden): a scaled or soft-capped head would give wrong losses.
+
+    Raises:
+        UserError: the two differ on the first tokens of ``row`` by more than bfloat16 rounding explains.
+    """
+    ids = torch.tensor([[*row.prompt, *row.completion][:_CHECKED_TOKENS]], device=model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+    expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    found = model.get_output_embeddings()(hidden).float()
+    if not expected.isfinite().all():
+        return  # a diverged model has no head to check; its loss says so
+    if not torch.allclose(found, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output head (scaling or soft-capping), which the "
+            "teacher-forced loss does not do; use an architecture with a plain head, such as Llama or Qwen2."
+        )
 
 
 def _length(row: EncodedRow) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +92,7 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    with write_errors(directory), quiet_bars():
+    with disk_errors(directory), quiet_bars():
         directory.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -107,28 +106,6 @@ def tidy(directory: Path) -> None:
     for file in directory.iterdir():
         if file.is_file():
             file.chmod(0o644)  # HF writes weights with mode 600, which a shared cache cannot serve
-
-
-@contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """`disk_errors`, for libraries that report a failed write by an error type of their own."""
-    with disk_errors(path):
-        try:
-            yield
-        except (SafetensorError, RuntimeError) as error:
-            code = _os_error_code(error)
-            if code is None:
-                raise
-            raise OSError(code, str(error)) from error
-
-
-def _os_error_code(error: Exception) -> int | None:
-    """The errno behind a failed write of safetensors (named in the text) or torch (whose text only says so)."""
-    text = str(error)
-    named = [code for code in errno.errorcode if f"(os error {code})" in text]
-    if named:
-        return named[0]
-    return errno.ENOSPC if "PytorchStreamWriter failed" in text or "unexpected pos" in text else None
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -96,7 +96,7 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "loss": pl.Float64,
         "learning_rate": pl.Float64,
         "gradient_norm": pl.Float64,
-        "tokens": pl.Int64,
+        "tokens": pl.Int64,  # of the step; padding counts in base, not in sft
     },
     # How well a rule that looks only at a loss (or at accuracy on `select`) picks the rung with the best OOD accuracy.
     "selection": {

@@ -8,6 +8,8 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,9 @@ OFFLINE = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+LIBRARIES = ("torch", "transformers", "trl")
+"""The libraries that compute; a state saved under one version is not continued under another."""
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,31 @@ class Run:
         return self.root / "data" / self.params.profile / stage / self.model / str(self.seed)
 
     def scratch(self, stage: str, *blocks: Any) -> Path:
-        """Directory for resumable state, named by a digest of ``blocks`` (params and manifests the stage read).
+        """Directory for resumable state, named by a digest of all that decides the stage's numbers.
 
-        A changed parameter or input gives another directory, so a state is never resumed under other settings.
+        That is ``blocks`` (the params and manifests the stage read), the package's code, the versions of `LIBRARIES`
+        and the device that ``compute.device`` means here. A change of any gives another directory, so a state is never
+        resumed under other settings, code or hardware.
         """
-        digest = hashlib.sha256(json.dumps(blocks, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        versions = {name: version(name) for name in LIBRARIES}
+        decides = [blocks, code_digest(), versions, resolve_device(self.params.compute.device)]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:12]
         name = f"{self.params.profile}-{self.model}-{self.seed}-{digest}"
         return self.root / "scratch" / stage / name
 
     def columns(self) -> dict[str, Any]:
         """The columns every table starts with."""
         return {"profile": self.params.profile, "model": self.model, "seed": self.seed}
+
+
+@cache
+def code_digest(package: Path = PACKAGE) -> str:
+    """Hex sha256 over the paths and bytes of all Python files of the package."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def quiet_environment(threads: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from rlheals.errors import disk_errors
+from rlheals.errors import UserError, disk_errors
 from rlheals.evaluation.probes import Prober, summarise
 from rlheals.evaluation.selection import choose_rungs, selection_table
 from rlheals.progress import Progress
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rlheals.params import ProbeSft
 
 BASE_CELL = ""
+FINGERPRINT_GAP = 0.02
+"""Mean gap in nats that bfloat16 and another device explain; two rungs of a ladder differ by more."""
 
 
 def probe_sft(run: Run) -> None:
@@ -110,6 +112,20 @@ def _sampling(run: Run, max_new_tokens: int) -> Sampling:
     )
 
 
+def check_fingerprint(found: list[float], expected: list[float], folder: Path) -> None:
+    """Refuse an engine that does not answer with the weights it was just given.
+
+    Raises:
+        UserError: the mean gap of the sentinels' log-probabilities exceeds what rounding explains.
+    """
+    gap = sum(abs(a - b) for a, b in zip(found, expected, strict=True)) / len(expected)
+    if not gap < FINGERPRINT_GAP:
+        raise UserError(
+            f"after swapping in {folder} the engine's sentinel log-probabilities are off by {gap:.3g} on average, so "
+            "it does not answer with these weights; use another engine (inference.engine)."
+        )
+
+
 @dataclass
 class Rungs:
     """One live engine that takes the weights of rung after rung; answers already in scratch are not asked again."""
@@ -143,11 +159,15 @@ class Rungs:
         return table
 
     def _make_live(self, step: int) -> None:
-        from rlheals.models.checkpoint import load_state
+        from rlheals.inference.transformers_engine import fingerprint
+        from rlheals.models.checkpoint import load_model, load_state
 
-        if step != self.live:
-            self.prober.engine.swap(load_state(self.ladder / f"checkpoint-{step}"))
-            self.live = step
+        if step == self.live:
+            return
+        folder, engine = self.ladder / f"checkpoint-{step}", self.prober.engine
+        engine.swap(load_state(folder))
+        check_fingerprint(engine.fingerprint(), fingerprint(load_model(folder, self.run.spec.dtype)), folder)
+        self.live = step
 
 
 if __name__ == "__main__":

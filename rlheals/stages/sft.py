@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 SERIES = ("train_id", "test_id", "ood")
 MISMATCHED = "ood_mismatched"
+NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What a file system answers that cannot link these two paths."""
 
 
 def sft(run: Run) -> None:
@@ -92,8 +95,17 @@ def _table(schema: str, rows: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Hard links instead of copies: a ladder of large models would not fit twice on the disk."""
-    shutil.copytree(source, target, copy_function=os.link)
+    """Hard links instead of copies where possible: a ladder of large models might not fit twice on the disk."""
+    shutil.copytree(source, target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        shutil.copy2(source, target)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError, disk_errors
 from rlheals.progress import progress
+from rlheals.publish import newest_intact, write_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,6 +137,7 @@ def _save_state(
             tensors |= {f"optimizer.{index}.{name}": tensor.clone() for name, tensor in state.items()}
         save_file(tensors, temporary / "state.safetensors")
         (temporary / "progress.json").write_text(json.dumps({"step": step, "curve": curve}))
+        write_manifest(temporary)
         temporary.rename(final)
     for old in scratch.glob("state-*"):
         if old != final:
@@ -148,10 +150,10 @@ def _load_state(
     """Restore the newest state into model and optimiser; (0, []) when there is none."""
     from safetensors.torch import load_file
 
-    states = sorted(scratch.glob("state-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if not states:
+    state = newest_intact(scratch.glob("state-*"))
+    if state is None:
         return 0, []
-    tensors = load_file(states[-1] / "state.safetensors")
+    tensors = load_file(state / "state.safetensors")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -159,5 +161,5 @@ def _load_state(
             _, index, name = key.split(".")
             moments.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    saved: dict[str, Any] = json.loads((states[-1] / "progress.json").read_text())
+    saved: dict[str, Any] = json.loads((state / "progress.json").read_text())
     return int(saved["step"]), list(saved["curve"])

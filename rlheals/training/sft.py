@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, disk_errors
 from rlheals.evaluation.losses import teacher_forced_loss
-from rlheals.models.checkpoint import quiet_bars, tidy, write_errors
+from rlheals.models.checkpoint import quiet_bars, tidy
 from rlheals.progress import Progress
+from rlheals.publish import newest_intact, write_manifest
 from rlheals.training.schedules import schedule
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 RUNGS = "rungs"
 STATES = "states"
-COMPLETE = "curves.json"
-"""Written last into a resumable state; a state without it was cut short and is ignored."""
+CURVES = "curves.json"
+"""What was measured up to a resumable state, kept in it."""
 
 
 @dataclass
@@ -74,10 +75,10 @@ def train_sft(model: Any, run: SftRun) -> Curves:
     """
     check_lengths(run.rows, run.settings.max_length, model)
     state = newest_state(run.scratch)
-    curves = Curves(**json.loads((state / COMPLETE).read_text())) if state else Curves()
+    curves = Curves(**json.loads((state / CURVES).read_text())) if state else Curves()
     if state and _step_of(state) >= run.settings.steps:
         return curves
-    with write_errors(run.scratch), quiet_bars():
+    with disk_errors(run.scratch), quiet_bars():
         trainer = make_trainer(model.to(run.device), run)
         trainer.add_callback(Ladder(trainer, run, curves, start=_step_of(state) if state else 0))
         trainer.train(resume_from_checkpoint=str(state) if state else None)
@@ -98,13 +99,8 @@ def check_lengths(rows: Sequence[EncodedRow], max_length: int, model: Any) -> No
 
 
 def newest_state(scratch: Path) -> Path | None:
-    """The last complete resumable state; incomplete ones, left by a kill or a full disk, are deleted."""
-    found = sorted((scratch / STATES).glob("checkpoint-*"), key=_step_of)
-    for state in found:
-        if not (state / COMPLETE).is_file():
-            shutil.rmtree(state)
-    complete = [state for state in found if state.is_dir()]
-    return complete[-1] if complete else None
+    """The last resumable state that is complete and unaltered; newer ones that are not are deleted."""
+    return newest_intact((scratch / STATES).glob("checkpoint-*"))
 
 
 def _step_of(directory: Path) -> int:
@@ -213,11 +209,10 @@ class Ladder(TrainerCallback):  # type: ignore[misc]
         self.bar.update(note=f"loss {loss:.3f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the state that was just written as complete, then drop the older ones."""
+        """Complete the state that was just written with the curves and a manifest, then drop the older ones."""
         newest = self.run.scratch / STATES / f"checkpoint-{state.global_step}"
-        partial = newest / f"{COMPLETE}.partial"
-        partial.write_text(json.dumps(asdict(self.curves)))
-        partial.rename(newest / COMPLETE)
+        (newest / CURVES).write_text(json.dumps(asdict(self.curves)))
+        write_manifest(newest)
         for other in newest.parent.glob("checkpoint-*"):
             if other != newest:
                 shutil.rmtree(other)

@@ -81,6 +81,16 @@ def test_bad_input_exits_2(model: Path, tmp_path: Path, capsys, options: list[st
     assert not target.exists()
 
 
+def test_a_folder_with_other_files_is_left_alone_and_told_before_probing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlheals.commands.eval._probe", lambda *_: pytest.fail("probed for nothing"))
+    (tmp_path / "mine").write_text("x")
+    assert run(str(model), "--n", "2", "--output", str(tmp_path)) == 2
+    assert "is not replaced; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "x"
+
+
 def test_a_folder_that_is_no_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(tmp_path)) == 2
     assert "has no config.json" in capsys.readouterr().err

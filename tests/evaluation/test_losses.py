@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
+from rlheals.errors import UserError
 from rlheals.evaluation.dialogue import Dialogue, EncodedRow
 from rlheals.evaluation.losses import teacher_forced_loss
 from tests.common import corpus, make_model, make_tokenizer
@@ -57,3 +59,20 @@ def test_uniform_logits_cost_the_log_of_the_vocabulary() -> None:
     assert teacher_forced_loss(model, encoded).nll_per_token == pytest.approx(
         torch.log(torch.tensor(float(len(tokenizer)))).item(), rel=1e-6
     )
+
+
+def test_model_that_scales_its_logits_is_refused() -> None:
+    tokenizer = make_tokenizer("llama")
+    model = make_model("llama", tokenizer)
+    rows = Dialogue(tokenizer).encode([("a", "b")])
+    teacher_forced_loss(model, rows)
+    plain = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.logits = 0.05 * torch.tanh(output.logits / 0.05)
+        return output
+
+    model.forward = capped
+    with pytest.raises(UserError, match="changes its logits after the output head"):
+        teacher_forced_loss(model, rows)

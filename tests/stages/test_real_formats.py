@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlheals.params import Params
 
 RUNGS = [0, 1, 3]
+SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1280, "max_position_embeddings": 2048}
 
 
 def params(source: Path, *more: str) -> Params:
@@ -40,12 +41,12 @@ def params(source: Path, *more: str) -> Params:
         "compute.device=cpu",
         "dataset.sft_rows=24",
         "dataset.rl_prompts=4",
-        "dataset.loss_rows=4",
-        "dataset.probe.select=3",
-        "dataset.probe.confirm=4",
+        "dataset.loss_rows=2",
+        "dataset.probe.select=1",
+        "dataset.probe.confirm=2",
         "sft.steps=3",
         f"sft.checkpoints={RUNGS}",
-        "sft.batch_size=4",
+        "sft.batch_size=2",
         "sft.max_length=1024",
         "sft.loss_every=2",
         "sft.state_every=2",
@@ -55,19 +56,33 @@ def params(source: Path, *more: str) -> Params:
     )
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root = tmp_path_factory.mktemp(request.param)
-    run = Run(params(make_folder(root / "folder", request.param, max_position_embeddings=2048)), "real", 0, root)
+def run_stages(root: Path, family: str, **shape: int) -> Run:
+    run = Run(params(make_folder(root / "folder", family, **shape)), "real", 0, root)
     for stage in (dataset, base, sft, probe_sft):
         stage(run)
     return run
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_stages(tmp_path_factory.mktemp(request.param), request.param, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """For what does not depend on the family or the size."""
+    return run_stages(tmp_path_factory.mktemp("smaller"), "llama", max_position_embeddings=2048)
 
 
 def test_every_directory_is_published_whole_and_scratch_is_gone(finished: Run) -> None:
     for stage in ("dataset", "base", "sft", "probe_sft"):
         verify(finished.output(stage))
     assert [path for path in (finished.root / "scratch").rglob("*") if path.is_file()] == []
+
+
+def test_the_models_have_about_five_million_parameters(finished: Run) -> None:
+    count = load_model(finished.output("base")).num_parameters()
+    assert 4e6 < count < 6e6, count
 
 
 def test_every_rung_is_a_folder_of_its_own(finished: Run) -> None:
@@ -98,8 +113,8 @@ def test_probe_tables(finished: Run) -> None:
     answers = read_table(directory / "answers.parquet", "answers")
     assert set(answers["checkpoint_step"]) == set(RUNGS)
     first = answers.filter(pl.col("attempt") == 1).group_by("split", "condition", "checkpoint_step").len()
-    assert set(first.filter(split="select")["len"]) == {3}
-    assert set(first.filter(split="confirm")["len"]) == {4}
+    assert set(first.filter(split="select")["len"]) == {1}
+    assert set(first.filter(split="confirm")["len"]) == {2}
     second = answers.filter(pl.col("attempt") == 2)
     assert set(second["checkpoint_step"]) == set(chosen.values())
     assert set(second["split"]) == {"confirm"}
@@ -118,9 +133,9 @@ def test_the_mismatched_ood_target_of_the_paper_is_another_text(finished: Run) -
     assert {name for name in same if same[name] != mismatched[name]} == {"ood"}
 
 
-def test_an_altered_ladder_is_not_probed(finished: Run, tmp_path: Path) -> None:
-    shutil.copytree(finished.root / "data", tmp_path / "data")
-    run = Run(finished.params, "real", 0, tmp_path)
+def test_an_altered_ladder_is_not_probed(smaller: Run, tmp_path: Path) -> None:
+    shutil.copytree(smaller.root / "data", tmp_path / "data")
+    run = Run(smaller.params, "real", 0, tmp_path)
     file = run.output("sft") / "checkpoint-1" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -132,10 +147,10 @@ def test_an_altered_ladder_is_not_probed(finished: Run, tmp_path: Path) -> None:
 
 
 def test_a_probe_that_was_stopped_goes_on_where_it_was(
-    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smaller: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(finished.root / "data", tmp_path / "data")
-    run = Run(finished.params, "real", 0, tmp_path)
+    shutil.copytree(smaller.root / "data", tmp_path / "data")
+    run = Run(smaller.params, "real", 0, tmp_path)
     expected = (run.output("probe_sft") / "answers.parquet").read_bytes()
     shutil.rmtree(run.output("probe_sft"))
     ask, asked = Prober.answers, []

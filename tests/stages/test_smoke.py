@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 from ruamel.yaml import YAML
 
-from rlheals.publish import verify
+from rlheals.publish import verify, write_manifest
 
 ROOT = Path(__file__).parents[2]
 COPIED = (
@@ -177,6 +177,7 @@ def test_a_killed_stage_goes_on_from_its_state(workspace: Path) -> None:
     saved = json.loads(progress.read_text())
     saved["curve"][0]["loss"] = 12345.0
     progress.write_text(json.dumps(saved))
+    write_manifest(progress.parent)
     call(workspace, "dvc", "repro", name)
     assert pl.read_parquet(target / "training.parquet")["loss"][0] == 12345.0
     resumed = verify(target)["model.safetensors"]

@@ -263,3 +263,21 @@ def test_bad_items_are_refused(item: str):
 def test_unknown_format_is_named():
     with pytest.raises(UserError, match="prompt_format 'poem'"):
         task().build("poem", SIZES, 0)
+
+
+def test_compact_format_refuses_rules_its_prompt_cannot_state():
+    ood = {"J": 10, "Q": 10, "K": 10, "A": 11}
+    with pytest.raises(UserError, match="rules give a value to A"):
+        task(ood_rule=ood).format("compact")
+    assert task(ood_rule=ood).format("paper").name == "paper"
+
+
+def test_target_the_format_cannot_write_is_named_at_once():
+    # 168 = 14 * 12 is reachable, but compact results end at 144.
+    with pytest.raises(UserError, match=r"task\.target is 168, but the compact format"):
+        task(target=168).build("compact", DatasetSizes(8, 8, 4, 4, 2), 0)
+
+
+def test_rows_may_outnumber_the_different_hands():
+    splits = Splits(task().spec, task().format("compact"), 0)
+    assert len(splits.hands("sft", 200_000, distinct=False, key="dataset.sft_rows")) == 200_000

@@ -78,3 +78,8 @@ def test_first_response_of_a_retry_is_wrong_for_the_stated_reason():
 def test_bad_mixture_is_one_sentence(mixture: dict[str, float], sentence: str):
     with pytest.raises(UserError, match=sentence):
         pretraining_rows(mixture, np.random.default_rng(0), 1, SPEC)
+
+
+def test_target_beyond_the_format_is_one_sentence_instead_of_a_search_without_end():
+    with pytest.raises(UserError, match=r"task\.target is 999983"):
+        pretraining_rows({"play_words": 1.0}, np.random.default_rng(0), 1, SPEC.model_copy(update={"target": 999983}))

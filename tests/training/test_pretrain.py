@@ -25,7 +25,7 @@ SHAPE = Architecture(hidden_size=64, layers=2, heads=2, kv_heads=2, intermediate
 def settings(**changes) -> Base:
     values = {
         "steps": 20, "batch_size": 8, "learning_rate": 3e-3, "weight_decay": 0.05, "warmup_steps": 4,
-        "decay_fraction": 0.5, "state_every": 6, "mixture": {},
+        "decay_fraction": 0.5, "state_every": 6, "mixture": {"read": 1.0},
     }  # fmt: skip
     return Base.model_validate(values | changes)
 
@@ -102,6 +102,17 @@ def test_half_written_state_is_ignored(tmp_path: Path):
     whole, other = fresh(), fresh()
     pretrain(whole, rows, IDS, IDS["<pad>"], settings(), tmp_path)
     pretrain(other, rows, IDS, IDS["<pad>"], settings(), tmp_path / "clean")
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(whole).items())
+
+
+def test_damaged_state_is_told_deleted_and_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    whole, other = fresh(), fresh()
+    pretrain(whole, rows, IDS, IDS["<pad>"], settings(), tmp_path)
+    state = tmp_path / "state-18"
+    weights_file = state / "state.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    pretrain(other, rows, IDS, IDS["<pad>"], settings(), tmp_path)
+    assert str(state) in capsys.readouterr().err
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(whole).items())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from rlheals.errors import UserError
 from rlheals.evaluation.dialogue import Dialogue, EncodedRow
 from rlheals.evaluation.losses import teacher_forced_loss
 from rlheals.models.checkpoint import load_model, load_tokenizer
-from rlheals.training.sft import COMPLETE, RUNGS, STATES, Curves, SftRun, make_trainer, newest_state, train_sft
+from rlheals.publish import MANIFEST, verify
+from rlheals.training.sft import RUNGS, STATES, Curves, SftRun, make_trainer, newest_state, train_sft
 from tests.common import make_model, make_params, make_tokenizer
 
 if TYPE_CHECKING:
@@ -219,10 +221,31 @@ def test_a_half_written_state_is_ignored(finished: tuple[SftRun, Curves], tmp_pa
     state = run.scratch / STATES / f"checkpoint-{STEPS}"
     assert newest_state(run.scratch) == state
     assert [path.name for path in state.parent.glob("checkpoint-*")] == [state.name]
-    (state / COMPLETE).unlink()
+    (state / MANIFEST).unlink()
     (state / "model.safetensors").write_bytes(b"half")
     assert newest_state(run.scratch) is None
     assert not state.exists()
+    assert train(run) == curves
+    assert tree(run.scratch) == tree(whole.scratch)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "curves.json"])
+def test_an_altered_state_is_told_deleted_and_not_used(
+    finished: tuple[SftRun, Curves], tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    whole, curves = finished
+    run = make_run(tmp_path)
+    shutil.copytree(whole.scratch, run.scratch, dirs_exist_ok=True)
+    state = newest_state(run.scratch)
+    assert state is not None
+    assert file in verify(state)
+    older = state.with_name("checkpoint-8")
+    shutil.copytree(state, older)
+    (state / file).write_bytes((state / file).read_bytes()[:-9])
+    capsys.readouterr()
+    assert newest_state(run.scratch) == older
+    assert capsys.readouterr().err == f"{state} is damaged and was deleted; an earlier state is used, if any.\n"
+    (older / file).write_bytes(b"")
     assert train(run) == curves
     assert tree(run.scratch) == tree(whole.scratch)
 

@@ -9,6 +9,7 @@ import polars as pl
 
 from rlheals.reporting.figures.curves import YAxis, curves, log_ticks, step_axis
 from rlheals.reporting.figures.style import CONDITIONS, LOSSES, config
+from rlheals.stats import wilson
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,13 +28,13 @@ def ladder_accuracy(summary: pl.DataFrame, choices: Sequence[Choice]) -> alt.Top
         choices: SFT_MaxOOD and SFT_End of each run, drawn as vertical lines.
     """
     rows = first_tries(summary)
-    table = _points(rows, "condition", "accuracy", ("wilson_low", "wilson_high"))
+    table = _points(rows, "condition", "accuracy")
 
     def draw(part: pl.DataFrame, model: str) -> alt.LayerChart:
         own = [choice for choice in choices if choice.model == model]
         return curves(part, CONDITIONS, ACCURACY, step_axis(part["step"].to_list()), own)
 
-    return _per_model(table, draw, "Accuracy along the SFT ladder", _hands(rows, "bands: 95 % Wilson intervals"))
+    return _per_model(table, draw, "Accuracy along the SFT ladder", _hands(rows))
 
 
 def losses(table: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLevelMixin:
@@ -167,29 +168,27 @@ def _per_model(
     return finish(column(named_panels(panels, models), 44), title, subtitle)
 
 
-def _points(rows: pl.DataFrame, series: str, value: str, interval: tuple[str, str] | None = None) -> pl.DataFrame:
-    """Columns that `curves` draws."""
-    low, high = interval or (None, None)
+def _points(rows: pl.DataFrame, series: str, share: str) -> pl.DataFrame:
+    """Columns that `curves` draws: a share of n hands with its 95 % Wilson interval (null where the share is)."""
+    pairs = rows.select(share, "n").iter_rows()
+    bounds = [(None, None) if value is None else wilson(round(value * n), n) for value, n in pairs]
     return rows.select(
         "model",
         "seed",
         pl.col("checkpoint_step").alias("step"),
         pl.col(series).alias("series"),
-        pl.col(value).alias("value"),
-        (pl.col(low) if low else pl.lit(None, pl.Float64)).alias("low"),
-        (pl.col(high) if high else pl.lit(None, pl.Float64)).alias("high"),
+        pl.col(share).alias("value"),
+        pl.Series("low", [low for low, _ in bounds], pl.Float64),
+        pl.Series("high", [high for _, high in bounds], pl.Float64),
         "n",
     )
 
 
-def _hands(rows: pl.DataFrame, interval: str = "") -> str:
+def _hands(rows: pl.DataFrame) -> str:
     """Subtitle: which hands, how many, which seeds."""
     counts = sorted(set(rows["n"]))
     hands = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    single = rows["seed"].n_unique() == 1
-    return _seeds(
-        rows, f"confirm split, n = {hands} hands a condition" + (f"; {interval}" if interval and single else "")
-    )
+    return _seeds(rows, f"confirm split, n = {hands} hands a condition; 95 % Wilson intervals")
 
 
 def _seeds(rows: pl.DataFrame, text: str = "", lines: str = "faint, and their mean") -> str:

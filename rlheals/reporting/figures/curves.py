@@ -68,7 +68,7 @@ def curves(
 
     Args:
         table: columns series, seed, step, value, and low and high (null where there is no interval); one seed is drawn
-            with its band, several as faint lines with their mean.
+            with its band, several as faint lines with an interval at each rung, and their mean.
         looks: how each series is drawn; a series without rows is left out.
         axis: the vertical axis.
         steps: the horizontal axis.
@@ -114,6 +114,11 @@ def _lines(
     if not single:
         faint = alt.Chart(_data(table)).mark_line(strokeWidth=1, opacity=0.4)
         layers.append(faint.encode(base["x"], base["y"], color, dash, detail="seed:N"))
+        if table["low"].is_not_null().any():
+            interval = alt.Chart(_data(table)).mark_rule(strokeWidth=1.2, opacity=0.35)
+            layers.append(
+                interval.encode(base["x"], alt.Y("low:Q", title=axis.title), alt.Y2("high:Q"), color, detail="seed:N")
+            )
     strong = table if single else means
     layers.append(alt.Chart(_data(strong)).mark_line(strokeWidth=2.2).encode(base["x"], base["y"], color, dash))
     if strong["step"].n_unique() <= 40:

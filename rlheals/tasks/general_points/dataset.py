@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from rlheals.errors import UserError
 from rlheals.reporting.schemas import SCHEMAS
 from rlheals.tasks.core import CONDITIONS, DatasetSizes, TaskData
 from rlheals.tasks.general_points.hands import value_multisets
@@ -32,6 +33,11 @@ def build(spec: GeneralPointsSpec, prompt_format: PromptFormat, sizes: DatasetSi
     every = _every_multiset(splits) if spec.cards <= _LISTED_CARDS else []
     if every and not any(splits.is_solvable(values) for values in every):
         raise impossible(spec)
+    if every and all(splits.solution(values) is None for values in every if splits.is_solvable(values)):
+        raise UserError(
+            f"task.target is {spec.target}, but the {prompt_format.name} format cannot write a solution of any hand "
+            "(its running results are whole numbers of limited size); choose another target or prompt_format."
+        )
     training = splits.hands("sft", sizes.sft_rows, distinct=False, key="dataset.sft_rows")
     rollouts = splits.hands("rl_prompts", sizes.rl_prompts, distinct=False, key="dataset.rl_prompts")
     pools = {condition: _pool(splits, condition, sizes) for condition in CONDITIONS}

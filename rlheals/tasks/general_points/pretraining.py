@@ -88,8 +88,14 @@ def pretraining_rows(
     """``count`` rows of the mixture; a pure function of its arguments and the state of ``rng``.
 
     Raises:
-        UserError: ``mixture`` names an unknown row kind or its shares do not sum to 1.
+        UserError: ``mixture`` names an unknown row kind, its shares do not sum to 1, or no hand has a solution that
+            the compact format can write.
     """
+    if not _solvable(spec.cards, spec.target):
+        raise UserError(
+            f"task.target is {spec.target}, which no hand of {spec.cards} cards reaches with whole-number steps up to "
+            f"{LARGEST}, so the compact format has nothing to train on; choose another target."
+        )
     unknown = set(mixture) - set(_KINDS)
     if unknown:
         raise UserError(f"base.mixture.{min(unknown)} is not a row kind; use {', '.join(_KINDS)}.")

@@ -46,7 +46,7 @@ class GeneralPointsSpec(BaseModel):
 
     @classmethod
     def paper(cls) -> GeneralPointsSpec:
-        """The paper's game, with the splits of the ``mini`` profile."""
+        """The paper's hands and rules with the grading, feedback and splits of the ``mini`` profile."""
         return cls(
             name="general_points",
             target=24,

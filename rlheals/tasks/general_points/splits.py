@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Fixed, so that a longer table begins with the rows of a shorter one and formats share their hands.
 _BATCH = 4096
 _MOST_DRAWS = 400_000
+_DRAWS_PER_ROW = 50
 # Without one solvable hand among so many, the task is called impossible.
 _HOPELESS_DRAWS = 2 * _BATCH
 # Position fixes the random stream of a table, so append only.
@@ -129,13 +130,15 @@ class Splits:
             UserError: no hand is solvable, or there are too few hands of this kind.
         """
         found: dict[Hand, None] | list[Hand] = {} if distinct else []
+        # Independent draws never run out, so only their acceptance rate can be hopeless.
+        most_draws = _MOST_DRAWS if distinct else max(_MOST_DRAWS, _DRAWS_PER_ROW * wanted)
         accept, drawn, any_solvable = self.accepts[stream], 0, False
         self.excluded[stream] = 0
         for hand in self._draws(stream):
             drawn += 1
             if len(found) == wanted:
                 return list(found)
-            if drawn > _MOST_DRAWS or (drawn > _HOPELESS_DRAWS and not any_solvable):
+            if drawn > most_draws or (drawn > _HOPELESS_DRAWS and not any_solvable):
                 break
             if not self.is_solvable(hand.values):
                 continue
@@ -152,7 +155,7 @@ class Splits:
             raise impossible(self.spec)
         raise UserError(
             f"{key} asks for {wanted}{' different' if distinct else ''} {stream} hands, but only {len(found)} turned "
-            f"up in {_MOST_DRAWS} draws; lower {key}, or change task.held_out, task.reserved or task.cards."
+            f"up in {most_draws} draws; lower {key}, or change task.held_out, task.reserved or task.cards."
         )
 
     def _draws(self, stream: str) -> Iterator[Hand]:

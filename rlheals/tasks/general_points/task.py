@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.tasks.general_points.loop import GeneralPointsEpisode
+from rlheals.tasks.general_points.rules import FACES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +33,15 @@ class GeneralPoints:
 
         if name not in FORMATS:
             raise UserError(f"prompt_format {name!r} is unknown to general_points; use one of: {', '.join(FORMATS)}.")
-        return CompactFormat() if name == "compact" else PaperFormat()
+        if name == "paper":
+            return PaperFormat()
+        unstated = (set(self.spec.training_rule) | set(self.spec.ood_rule)) - set(FACES)
+        if unstated:
+            raise UserError(
+                f"task rules give a value to {min(unstated)}, but prompts of the compact format state only those of J, "
+                "Q and K; remove it from task.training_rule and task.ood_rule, or use prompt_format: paper."
+            )
+        return CompactFormat()
 
     def build(self, prompt_format: str, sizes: DatasetSizes, seed: int) -> TaskData:
         """All tables of the study; a pure function of its arguments and ``spec``.
