@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from general_points_oracles import leaves, parsed, tree_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +8,7 @@ from rlheals.tasks.general_points.paper_format import PaperFormat
 from rlheals.tasks.general_points.rewards import CODES, SOLVED
 from rlheals.tasks.general_points.rules import Rule
 from rlheals.tasks.general_points.solver import solvable
+from tests.tasks.general_points_oracles import leaves, parsed, tree_value
 
 FORM = PaperFormat()
 ID, OOD = Rule.faces_as_10(24), Rule.faces_as_11_12_13(24)

@@ -5,11 +5,11 @@ from fractions import Fraction
 from itertools import combinations_with_replacement
 
 import pytest
-from general_points_oracles import OPERATIONS, brute_force, canonical, leaves, parsed, tree_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlheals.tasks.general_points import solver
+from tests.tasks.general_points_oracles import OPERATIONS, brute_force, canonical, leaves, parsed, tree_value
 
 MULTISETS = list(combinations_with_replacement(range(1, 14), 4))
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from general_points_oracles import OPERATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from rlheals.tasks.general_points.compact_verifier import holds
 from rlheals.tasks.general_points.rules import Rule
 from rlheals.tasks.general_points.solver import chains, integer_chains, rational
 from rlheals.tasks.general_points.verifier import Verdict, verify
+from tests.tasks.general_points_oracles import OPERATIONS
 
 if TYPE_CHECKING:
     import random

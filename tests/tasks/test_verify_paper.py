@@ -5,7 +5,6 @@ from itertools import combinations_with_replacement, permutations, product
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from general_points_oracles import parsed, tree_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from rlheals.tasks.general_points.paper_verifier import known_solutions, longest
 from rlheals.tasks.general_points.rules import Rule
 from rlheals.tasks.general_points.solver import expressions
 from rlheals.tasks.general_points.verifier import MAX_CHARS, Verdict, verify
+from tests.tasks.general_points_oracles import parsed, tree_value
 
 if TYPE_CHECKING:
     import random
