@@ -163,7 +163,7 @@ def _show(used: dict[str, str], summary: pl.DataFrame) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, caption="old rule: right had the prompt stated the training rule")
-    for heading in ("condition", "attempts", "n", "accuracy", "95 % interval", "unreadable", "old rule"):
+    for heading in ("condition", "attempts", "n", "accuracy", "95 %", "unreadable", "old rule"):
         table.add_column(heading, justify="left" if heading == "condition" else "right", no_wrap=True)
     for row in summary.to_dicts():
         table.add_row(

@@ -61,7 +61,7 @@ def test_shows_a_table_and_names_the_file(model: Path, tmp_path: Path, capsys: p
     assert run(str(model), "--n", "3", "--format", "compact", "--output", str(tmp_path / "out")) == 0
     out = capsys.readouterr().out
     assert "compact prompts, float32, greedy" in out
-    assert "95 % interval" in out
+    assert "95 %" in out
     assert out.rstrip().endswith("answers.parquet")
 
 
