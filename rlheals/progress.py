@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Progress:
@@ -36,9 +31,3 @@ class Progress:
         ).rstrip()
         end = "\r" if self._terminal and self.done < self.total else "\n"
         print(f"{line:<100}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress(label: str, total: int, unit: str = "step", start: int = 0) -> Iterator[Progress]:
-    """A `Progress` as a context manager."""
-    yield Progress(label, total, unit, start=start)

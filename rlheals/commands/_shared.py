@@ -7,7 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-EPILOG = "Exit codes: 0 success, 1 internal error (please report it), 2 bad input (the message says what to change)."
+from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_OK
+
+EPILOG = (
+    f"Exit codes: {EXIT_OK} success, {EXIT_INTERNAL} internal error (please report it), "
+    f"{EXIT_BAD_INPUT} bad input (the message says what to change)."
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs instead of text.")]
 

@@ -103,7 +103,7 @@ def _params(model: Path, probe: str, prompt_format: str, dtype: str, device: str
 
 
 def _saved_dtype(model: Path) -> str:
-    """``bfloat16`` when the folder's config says so, else ``float32``."""
+    """``bfloat16`` when the folder was saved in a 16-bit type (float16 is cast), else ``float32``."""
     import json
 
     from rlheals.errors import UserError
@@ -130,7 +130,7 @@ def _probe(run: Run, model: Path, n: int, attempts: int) -> tuple[pl.DataFrame, 
     import polars as pl
 
     from rlheals.evaluation.probes import summarise
-    from rlheals.progress import progress
+    from rlheals.progress import Progress
     from rlheals.stages.probe_sft import make_prober
     from rlheals.tasks import DatasetSizes, make_task
 
@@ -146,8 +146,7 @@ def _probe(run: Run, model: Path, n: int, attempts: int) -> tuple[pl.DataFrame, 
         "cell_id": "",
     }
     prober = make_prober(run, model)
-    with progress("eval", len(hands), "hand") as bar:
-        answers = prober.answers(hands, attempts, columns, bar.update)
+    answers = prober.answers(hands, attempts, columns, Progress("eval", len(hands), "hand").update)
     return answers, summarise(answers, (1, attempts)).sort("condition", "attempts")
 
 

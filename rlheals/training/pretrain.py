@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError, disk_errors
-from rlheals.progress import progress
+from rlheals.progress import Progress
 from rlheals.publish import newest_intact, write_manifest
 
 if TYPE_CHECKING:
@@ -90,17 +90,17 @@ def pretrain(
     )
     first, curve = _load_state(scratch, model, optimizer)
     model.train()
-    with progress("base: pretraining", settings.steps, start=first) as bar:
-        for step in range(first, settings.steps):
-            loss, norm, count = _step(model, optimizer, encode(rows(step), ids, pad), learning_rate(step, settings))
-            if not math.isfinite(loss):
-                raise UserError(f"pretraining loss is {loss} at step {step}; lower base.learning_rate in params.yaml.")
-            if (step + 1) % 10 == 0 or step + 1 == settings.steps:
-                record = {"step": step + 1, "loss": loss, "learning_rate": learning_rate(step, settings)}
-                curve.append({**record, "gradient_norm": norm, "tokens": count})
-            if (step + 1) % settings.state_every == 0:
-                _save_state(scratch, model, optimizer, step + 1, curve)
-            bar.update(note=f"loss {loss:.3f}")
+    bar = Progress("base: pretraining", settings.steps, start=first)
+    for step in range(first, settings.steps):
+        loss, norm, count = _step(model, optimizer, encode(rows(step), ids, pad), learning_rate(step, settings))
+        if not math.isfinite(loss):
+            raise UserError(f"pretraining loss is {loss} at step {step}; lower base.learning_rate in params.yaml.")
+        if (step + 1) % 10 == 0 or step + 1 == settings.steps:
+            record = {"step": step + 1, "loss": loss, "learning_rate": learning_rate(step, settings)}
+            curve.append({**record, "gradient_norm": norm, "tokens": count})
+        if (step + 1) % settings.state_every == 0:
+            _save_state(scratch, model, optimizer, step + 1, curve)
+        bar.update(note=f"loss {loss:.3f}")
     model.eval()
     return curve
 

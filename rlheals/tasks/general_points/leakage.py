@@ -9,7 +9,6 @@ import polars as pl
 from rlheals.errors import UserError
 from rlheals.tasks.core import CONDITIONS
 
-TRAINING = ("sft", "rl_prompts")
 HELD_OUT_CONDITIONS = ("id_heldout", "ood_heldout")
 
 
