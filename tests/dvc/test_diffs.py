@@ -14,9 +14,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from rlheals.reporting.offline import dvc_page
+from tests.browser import draw_offline
 
 REPOSITORY = Path(__file__).parents[2]
-CHROMIUM = Path("/usr/bin/chromium")
 # What the repository's dvc.yaml says about metrics and plots.
 SNIPPET = """\
 metrics:
@@ -162,19 +162,8 @@ def test_the_page_asks_no_server_for_anything(page):
 
 
 def test_chromium_draws_the_plots_without_a_network(page, tmp_path):
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed, so the page was not drawn")
-    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking".split()
-    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    # Every host name resolves to nothing: a page that needs one stays empty.
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", "--window-size=1000,1500"]
     picture = Path(os.environ.get("RLHEALS_SCREENSHOT", tmp_path / "plots.png"))
-    drawn = subprocess.run(
-        [*command, f"--screenshot={picture}", "--dump-dom", f"file://{page}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    drawn = draw_offline(page, tmp_path / "profile", "--window-size=1000,1500", f"--screenshot={picture}")
     assert drawn.stdout.count("<canvas") + drawn.stdout.count('class="marks"') >= 2, drawn.stderr
     assert picture.stat().st_size > 20_000
 

@@ -22,9 +22,9 @@ from rlheals.reporting.sections import Content, all_sections, retries
 from rlheals.reporting.tables import load_study
 from rlheals.stages.common import Run
 from rlheals.stages.report import report
+from tests.browser import draw_offline
 from tests.reporting.fabricate import REPOSITORY, make_params, make_project, make_run
 
-CHROMIUM = Path("/usr/bin/chromium")
 HANDS = 40
 
 
@@ -176,13 +176,7 @@ def test_the_report_needs_no_torch():
 
 
 def test_chromium_draws_an_interactive_figure_without_a_network(published, tmp_path):
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed, so the figure was not drawn")
-    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking".split()
-    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", "--dump-dom"]
-    page = f"file://{published}/figures/ladder_accuracy.html"
-    drawn = subprocess.run([*command, page], capture_output=True, text=True, check=True)
+    drawn = draw_offline(published / "figures/ladder_accuracy.html", tmp_path / "profile")
     assert 'class="marks"' in drawn.stdout, drawn.stderr
 
 
