@@ -49,6 +49,15 @@ class Compute(Block):
     device: Literal["cpu", "cuda", "auto"]
 
 
+class ResourcesSpec(Block):
+    """What the parallel driver reserves for a stage that runs a model; dvc.yaml hands it on as ``meta``."""
+
+    gpus: Count
+    memory_gib: Rate
+    timeout: Positive
+    retries: Count
+
+
 class Architecture(Block):
     """Shape of a Llama that is pretrained from scratch."""
 
@@ -194,6 +203,7 @@ class Params(Block):
     models: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     compute: Compute
+    resources: ResourcesSpec
     model: dict[str, ModelSpec]
     task: dict[str, Any]
     dataset: Dataset

@@ -74,6 +74,23 @@ def render(name: str, overrides: Sequence[str] = ()) -> Rendered:
     return Rendered(text, notes)
 
 
+def with_overrides(path: Path, overrides: Sequence[str]) -> Rendered:
+    """An existing params file with ``key=value`` overrides, its comments and other values kept.
+
+    Raises:
+        UserError: the file cannot be read, an override is malformed, or the result is not valid.
+    """
+    try:
+        document = _load(path.read_text())
+    except (OSError, YAMLError) as error:
+        raise UserError(f"{path} cannot be read; write one with `python -m rlheals.profile mini`.") from error
+    for override in overrides:
+        _set(document, override)
+    text = _dump(document)
+    parse_params(YAML(typ="safe").load(text), path)
+    return Rendered(text, [])
+
+
 def resolve_engine() -> tuple[str, str]:
     """What ``inference.engine: auto`` becomes on this machine, and why.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,9 @@ def test_every_key_is_read_by_the_code() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
     }
-    # Matrix lists are read by dvc.yaml.
-    pipeline = (ROOT / "dvc.yaml").read_text()
-    unused = {key for key in schema_keys(Params) if key not in attributes and f"${{{key}}}" not in pipeline}
+    # Matrix lists and resources are read by dvc.yaml.
+    pipeline = set(re.findall(r"\w+", " ".join(re.findall(r"\$\{([\w.]+)\}", (ROOT / "dvc.yaml").read_text()))))
+    unused = {key for key in schema_keys(Params) if key not in attributes | pipeline}
     assert unused == set()
 
 

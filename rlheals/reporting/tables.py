@@ -73,7 +73,7 @@ class Study:
         for model, seed in sorted(present - declared):
             raise UserError(
                 f"{self.directory(stage, model, seed)} is stale: params.yaml does not declare model {model} with seed "
-                f"{seed} for profile {self.params.profile}; delete that folder or declare the run."
+                f"{seed} for profile {self.params.profile}; remove it with `rlheals prune`, or declare the run."
             )
 
     def table(self, stage: str, file: str, schema: str) -> pl.DataFrame | None:

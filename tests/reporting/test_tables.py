@@ -52,7 +52,7 @@ def test_nothing_at_all_is_a_missing_run(tmp_path):
 @pytest.mark.parametrize(("model", "seed"), [("tiny", 7), ("other", 0)])
 def test_undeclared_run_is_stale(project, model, seed):
     make_run(project, "mini", model, seed, HANDS)
-    with pytest.raises(UserError, match=rf"probe_sft/{model}/{seed} is stale"):
+    with pytest.raises(UserError, match=rf"probe_sft/{model}/{seed} is stale.*remove it with `rlheals prune`"):
         load_study(make_params([0, 1]), project)
 
 

@@ -1,0 +1,300 @@
+"""Run the pipeline of ``dvc.yaml`` in parallel, one Prefect task a stage: ``python -m flows.reproduce``.
+
+It runs what `dvc repro` would run and leaves the workspace up to date for it, and the other way round. DVC decides what
+is out of date, and records results; Prefect runs, retries, shows and schedules.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from prefect import flow, get_client
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, Crashed, Failed
+
+from flows import artifacts
+from flows.tasks import PrefectBackend, RunCancelled, make_runner
+from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_OK, UserError
+from rlheals.orchestration.driver_lock import DriverLock, driver_lock
+from rlheals.orchestration.execute import reset_stop
+from rlheals.orchestration.job import Node, ProgressLine, Verdict
+from rlheals.orchestration.launcher import launcher_prefix
+from rlheals.orchestration.pipeline import Pipeline
+from rlheals.orchestration.schedule import Listener, Row, Schedule
+from rlheals.orchestration.slots import Slots, Unlimited, parse_gpus
+from rlheals.params import PARAMS_FILE
+from rlheals.profile import current_profile, render, with_overrides, write_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from prefect.client.schemas.objects import State
+
+    from rlheals.orchestration.console import Board
+
+EXIT_CANCELLED = 130
+TERMINAL: ContextVar[Board | None] = ContextVar("TERMINAL", default=None)
+"""The table on the terminal of a run from the command line; a deployment has only its log."""
+
+
+@flow(name="reproduce", persist_result=False)
+def reproduce(
+    targets: list[str] | None = None,
+    profile: str | None = None,
+    overrides: list[str] | None = None,
+    jobs: int | None = None,
+    gpus: str | None = None,
+    keep_going: bool = True,
+    force: bool = False,
+    pull: bool = False,
+    single_item: bool = False,
+    runner: Literal["thread", "ray"] = "thread",
+    address: str | None = None,
+    launcher: str | None = None,
+    wait: bool = False,
+) -> Any:
+    """Bring the stages of dvc.yaml up to date.
+
+    Args:
+        targets: stages or groups of stages, for example `report` or `sft@mini-tiny-0`; nothing means all.
+        profile: write params.yaml from this preset first.
+        overrides: `key=value` changes to params.yaml, for example `sft.learning_rate=5e-4`.
+        jobs: stages at a time; nothing means as many as cores, memory and GPUs allow.
+        gpus: GPUs to hand out, for example `0,1`; `none`; or `auto` for all that are visible.
+        keep_going: after a failure, run what does not depend on it; otherwise start nothing more.
+        force: run every stage even when nothing has changed.
+        pull: fetch missing outputs from the DVC remote instead of computing them, where it has them.
+        single_item: only the targets, not what they depend on.
+        runner: `thread` (children of this process) or `ray`.
+        address: of a Ray cluster, for example `auto`; nothing starts one on this machine.
+        launcher: prefix of every stage's command, for example `srun --gres=gpu:{gpus} -c {cpus}`.
+        wait: wait for another run in this workspace to end instead of failing.
+    """
+    say = _begin()
+    root = Path.cwd()
+    logs = root / "scratch" / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    try:
+        with driver_lock(root, wait=wait, say=say) as lock:
+            _take_over(lock)
+            _write_params(root, profile, overrides or [])
+            pipeline = Pipeline(root, force=force, pull=pull)
+            try:
+                nodes = pipeline.plan(targets or [], single_item=single_item)
+                launchers = {node.name: launcher_prefix(launcher or "", node.resources, node.name) for node in nodes}
+                slots = _slots(jobs, gpus, everywhere=runner == "ray" or launcher is not None)
+                with make_runner(runner, address) as task_runner:
+                    backend = PrefectBackend(task_runner, on_ray=runner == "ray")
+                    rows = Schedule(
+                        stages=pipeline,
+                        nodes=nodes,
+                        backend=backend,
+                        slots=slots,
+                        logs=logs,
+                        listeners=listeners(nodes),
+                        keep_going=keep_going,
+                        launchers=launchers,
+                    ).run()
+            finally:
+                pipeline.close()
+    except UserError as error:
+        return Failed(message=str(error))
+    except RunCancelled:
+        return Cancelled(message="cancelled; what had finished is recorded")
+    return _conclude(root, rows, logs)
+
+
+def _begin() -> Callable[[str], None]:
+    """Prepare this process; where to say something.
+
+    Not inside the flow: a flow travels to Ray workers by value, and what it names itself travels with it.
+    """
+    if TERMINAL.get():
+        quiet_console()
+    reset_stop()
+    return get_run_logger().info
+
+
+def _take_over(lock: DriverLock) -> None:
+    """Record this flow run as the holder, and mark the run of a killed driver as crashed: nobody else will."""
+    with get_client(sync_client=True) as client:
+        previous = lock.previous()
+        if previous is not None and previous.flow_run_id:
+            try:
+                client.set_flow_run_state(previous.flow_run_id, Crashed(message="its driver was killed"), force=True)
+            except Exception as error:
+                get_run_logger().info("the killed run %s is not known here: %s", previous.flow_run_id, error)
+    lock.annotate(flow_run_id=str(flow_run.get_id()))
+
+
+def _write_params(root: Path, profile: str | None, overrides: Sequence[str]) -> None:
+    if profile is None and not overrides:
+        return
+    path = root / PARAMS_FILE
+    rendered = with_overrides(path, overrides) if profile is None else render(profile, overrides)
+    backup = write_profile(rendered.text, path)
+    for note in [
+        *rendered.notes,
+        *([f"params.yaml had been edited: its former content is in {backup}"] if backup else []),
+    ]:
+        get_run_logger().info(note)
+
+
+def _slots(jobs: int | None, gpus: str | None, *, everywhere: bool) -> Slots:
+    if jobs is not None and jobs < 1:
+        raise UserError(f"-j {jobs} leaves nothing to run with; give 1 or more.")
+    return Unlimited(jobs=jobs) if everywhere else Slots(jobs=jobs, gpus=parse_gpus(gpus))
+
+
+class RunLog:
+    """The scheduler's events as lines in the flow run's log."""
+
+    def __init__(self) -> None:
+        self._logger = get_run_logger()
+
+    def started(self, name: str, gpus: tuple[str, ...], log: str) -> None:
+        """A stage was started."""
+        self._logger.info("%s started%s; log: %s", name, f" on GPU {','.join(gpus)}" if gpus else "", log)
+
+    def settled(self, name: str, verdict: Verdict, seconds: float, message: str) -> None:
+        """A stage has a verdict."""
+        took = f" after {seconds:.1f} s" if seconds else ""
+        level = logging.INFO if verdict.good and not message else logging.WARNING
+        self._logger.log(level, "%s %s%s%s", name, verdict.value, took, f": {message}" if message else "")
+
+    def tick(self, progress: dict[str, ProgressLine]) -> None:
+        """Progress is shown by the task runs' artifacts."""
+
+    def note(self, text: str) -> None:
+        """A remark."""
+        self._logger.info(text)
+
+
+def listeners(nodes: list[Node]) -> list[Listener]:
+    board = TERMINAL.get()
+    if board is None:
+        return [RunLog()]
+    board.planned(nodes)
+    return [RunLog(), board]
+
+
+def _conclude(root: Path, rows: list[Row], logs: Path) -> State[Any]:
+    """``verdicts.json`` beside the logs, artifacts in Prefect, and the final state."""
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "verdicts.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    artifacts.verdict_table(rows)
+    profile = current_profile(root / PARAMS_FILE)
+    if profile:
+        artifacts.figures(profile, root)
+    counts = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
+    summary = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
+    good = all(row.verdict.good for row in rows)
+    return (Completed if good else Failed)(message=summary or "dvc.yaml has no stages")
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages or groups; nothing means all.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Write params.yaml from this preset first.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Change params.yaml first.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Stages at a time; default: what cores, memory, GPUs allow.")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="GPUs to hand out, e.g. 0,1; none; default: all visible.")] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going/--fail-fast", help="After a failure, run what does not depend on it.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Run even what is up to date.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Fetch from the DVC remote what it has.")] = False,
+    single_item: Annotated[
+        bool, typer.Option("--single-item", "-s", help="Only the targets, not what they depend on.")
+    ] = False,
+    runner: Annotated[str, typer.Option(help="thread or ray.")] = "thread",
+    address: Annotated[str | None, typer.Option(help="Ray cluster, e.g. auto; default: start one here.")] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help='Prefix of the commands, e.g. "srun --gres=gpu:{gpus} -c {cpus}".')
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another run in this folder to end.")] = False,
+) -> None:
+    """Bring the stages of dvc.yaml up to date, in parallel.
+
+    Exit codes: 0 all is up to date, 1 a stage failed, 2 bad input (the message says what to change), 130 stopped.
+    """
+    from prefect.logging.configuration import setup_logging
+
+    from flows.server import prefect_api
+    from rlheals.orchestration.console import Board
+
+    if runner not in ("thread", "ray"):
+        raise typer.BadParameter("use thread or ray", param_hint="--runner")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(prefect_api())
+            board = stack.enter_context(Board())
+            setup_logging()
+            quiet_console()
+            TERMINAL.set(board)
+            # Prefect's type covers asynchronous flows as well.
+            state: Any = reproduce(
+                targets=targets,
+                profile=profile,
+                overrides=overrides,
+                jobs=jobs,
+                gpus=gpus,
+                keep_going=keep_going,
+                force=force,
+                pull=pull,
+                single_item=single_item,
+                runner=runner,
+                address=address,
+                launcher=launcher,
+                wait=wait,
+                return_state=True,
+            )
+        except UserError as error:
+            state = Failed(message=str(error))
+            board = None
+        except KeyboardInterrupt:
+            raise SystemExit(EXIT_CANCELLED) from None
+    raise SystemExit(tell(state, ran=bool(board and board.rows)))
+
+
+def tell(state: State[Any], *, ran: bool) -> int:
+    """Print what the run came to and give the exit code."""
+    if state.is_completed():
+        return EXIT_OK
+    if state.is_cancelled():
+        typer.echo("cancelled; what had finished is recorded. Run the same command again to go on.", err=True)
+        return EXIT_CANCELLED
+    typer.echo(f"error: {state.message}", err=True)
+    return EXIT_INTERNAL if ran else EXIT_BAD_INPUT
+
+
+def quiet_console() -> None:
+    """Leave the terminal to the table: Prefect's log goes to its server, the stages' to their files."""
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.addFilter(lambda record: not record.name.startswith("prefect"))
+
+
+if __name__ == "__main__":
+    # Under its own name: what is defined in a module called __main__ cannot be sent to a Ray worker.
+    from flows.reproduce import app as command
+
+    command(prog_name="python -m flows.reproduce")

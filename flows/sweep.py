@@ -1,0 +1,173 @@
+"""Compare settings: ``python -m flows.sweep sft.learning_rate=1e-4,5e-4 seeds=[0],[1] --profile smoke -j 2``.
+
+Every combination becomes a DVC experiment, run in a clone of the repository, one Prefect task each. The workspace is
+only read. The comparison is written to ``reports/sweeps/<name>/table.csv``; `dvc exp show`, `dvc exp apply NAME` and
+`dvc exp branch NAME` work on the experiments as on any other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled, Completed, Failed
+
+from flows import artifacts
+from flows.reproduce import EXIT_CANCELLED, TERMINAL, listeners, quiet_console, tell
+from flows.tasks import PrefectBackend, RunCancelled, make_runner
+from rlheals.errors import UserError
+from rlheals.orchestration.comparison import comparison, differences, write_tables
+from rlheals.orchestration.execute import reset_stop
+from rlheals.orchestration.schedule import Row, Schedule
+from rlheals.orchestration.slots import Slots, parse_gpus
+from rlheals.orchestration.sweep import Experiments, Sweep, plan_sweep, sweep_lock
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
+
+@flow(name="sweep", persist_result=False)
+def sweep(
+    grid: list[str],
+    profile: str | None = None,
+    targets: list[str] | None = None,
+    jobs: int | None = None,
+    gpus: str | None = None,
+    name: str | None = None,
+    force: bool = False,
+) -> Any:
+    """Run every combination of a grid of parameters as an isolated DVC experiment, and compare them.
+
+    Args:
+        grid: `key=value,value` texts, for example `sft.learning_rate=1e-4,5e-4`; all combinations are run.
+        profile: preset to start from; nothing means params.yaml as it is.
+        targets: stages to bring up to date in each experiment; nothing means all.
+        jobs: experiments at a time; nothing means one, or one for each GPU.
+        gpus: GPUs to share out evenly, for example `0,1`; `none`; or `auto` for all that are visible.
+        name: of the sweep; nothing means one made from the grid.
+        force: run everything again, even what is there.
+    """
+    if TERMINAL.get():
+        quiet_console()
+    reset_stop()
+    root = Path.cwd()
+    try:
+        plan = plan_sweep(root, grid, profile=profile, targets=targets or [], name=name)
+        with sweep_lock(root):
+            rows = _run(plan, slots_for(jobs, parse_gpus(gpus)), force=force)
+            return _conclude(plan, rows)
+    except UserError as error:
+        return Failed(message=str(error))
+    except RunCancelled:
+        return Cancelled(message="cancelled; the experiments that had finished are kept")
+
+
+def slots_for(jobs: int | None, gpus: tuple[str, ...]) -> Slots:
+    """Places for experiments, which look after cores and memory themselves.
+
+    Raises:
+        UserError: no place, or more places than GPUs.
+    """
+    places = jobs if jobs is not None else max(len(gpus), 1)
+    if places < 1:
+        raise UserError(f"-j {places} leaves nothing to run with; give 1 or more.")
+    if gpus and places > len(gpus):
+        raise UserError(
+            f"-j {places} wants more experiments at a time than there are GPUs ({','.join(gpus)}); give a smaller -j, "
+            "or --gpus none."
+        )
+    return Slots(jobs=places, cpus=places, memory_gib=math.inf, gpus=gpus)
+
+
+def _run(plan: Sweep, slots: Slots, *, force: bool) -> list[Row]:
+    experiments = Experiments(plan, force=force)
+    nodes = experiments.nodes(len(slots.gpus) // (slots.jobs or 1))
+    with make_runner("thread", None) as runner:
+        return Schedule(
+            stages=experiments,
+            nodes=nodes,
+            backend=PrefectBackend(runner, on_ray=False),
+            slots=slots,
+            logs=plan.root / "scratch/runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            listeners=listeners(nodes),
+            launchers=experiments.launchers(),
+        ).run()
+
+
+def _conclude(plan: Sweep, rows: list[Row]) -> State[Any]:
+    """The tables, as files and artifacts, and the final state."""
+    table = comparison(plan, rows)
+    path = write_tables(plan, table)
+    artifacts.publish_table(table.to_dicts(), f"sweep-{plan.name}", f"{len(rows)} experiments, also in {path}.")
+    changes = differences(table).to_dicts()
+    artifacts.publish_table(changes, f"sweep-{plan.name}-diff", "Parameters and metrics that differ.")
+    failed = [row.name for row in rows if not row.verdict.good]
+    get_run_logger().info("the comparison is in %s", path)
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(rows)} experiments failed: {', '.join(failed)}; table: {path}")
+    return Completed(message=f"{len(rows)} experiments; table: {path}")
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    words: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE,VALUE... [TARGET]...", help="The grid, then stages; default all.")
+    ],
+    profile: Annotated[str | None, typer.Option(help="Preset to start from; default: params.yaml as it is.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Experiments at a time; default: one, or one for each GPU.")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="GPUs to share out, e.g. 0,1; none; default: all visible.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep; default: made from the grid.")] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Run everything again.")] = False,
+) -> None:
+    """Run every combination of a grid of parameters as an isolated DVC experiment, and compare them.
+
+    Exit codes: 0 all experiments are there, 1 one failed, 2 bad input (the message says what to change), 130 stopped.
+    """
+    from prefect.logging.configuration import setup_logging
+
+    from flows.server import prefect_api
+    from rlheals.orchestration.console import Board
+
+    with ExitStack() as stack:
+        board = None
+        try:
+            stack.enter_context(prefect_api(Path("scratch/prefect-server.log")))
+            board = stack.enter_context(Board())
+            setup_logging()
+            quiet_console()
+            TERMINAL.set(board)
+            # Prefect's type covers asynchronous flows as well.
+            state: Any = sweep(
+                grid=[word for word in words if "=" in word],
+                targets=[word for word in words if "=" not in word],
+                profile=profile,
+                jobs=jobs,
+                gpus=gpus,
+                name=name,
+                force=force,
+                return_state=True,
+            )
+        except UserError as error:
+            state = Failed(message=str(error))
+        except KeyboardInterrupt:
+            raise SystemExit(EXIT_CANCELLED) from None
+    code = tell(state, ran=bool(board and board.rows))
+    if code == 0:
+        typer.echo(state.message)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m flows.sweep")

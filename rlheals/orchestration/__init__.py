@@ -1,0 +1,5 @@
+"""DVC's graph and the execution of its commands, without Prefect: what the flows in ``flows/`` are made of.
+
+`pipeline` is the only module that touches DVC and runs in the driver process alone. `execute` runs one command
+anywhere: it knows neither DVC nor Prefect. `schedule` decides what runs when. `slots` counts what a machine has.
+"""
