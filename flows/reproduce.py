@@ -7,11 +7,6 @@ is out of date, and records results; Prefect runs, retries, shows and schedules.
 from __future__ import annotations
 
 import json
-import logging
-import os
-import time
-from contextlib import ExitStack
-from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,13 +19,13 @@ from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows import artifacts
 from flows.tasks import PrefectBackend, RunCancelled, make_runner
-from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_OK, UserError
+from flows.terminal import bad_input, begin, listeners, on_terminal, run_folder
+from rlheals.errors import UserError
 from rlheals.orchestration.driver_lock import DriverLock, driver_lock
-from rlheals.orchestration.execute import reset_stop
-from rlheals.orchestration.job import Node, ProgressLine, Verdict
+from rlheals.orchestration.job import Verdict
 from rlheals.orchestration.launcher import launcher_prefix
 from rlheals.orchestration.pipeline import Pipeline
-from rlheals.orchestration.schedule import Listener, Row, Schedule
+from rlheals.orchestration.schedule import Row, Schedule
 from rlheals.orchestration.slots import Slots, Unlimited, parse_gpus
 from rlheals.params import PARAMS_FILE
 from rlheals.profile import current_profile, render, with_overrides, write_profile
@@ -39,12 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from prefect.client.schemas.objects import State
-
-    from rlheals.orchestration.console import Board
-
-EXIT_CANCELLED = 130
-TERMINAL: ContextVar[Board | None] = ContextVar("TERMINAL", default=None)
-"""The table on the terminal of a run from the command line; a deployment has only its log."""
 
 
 @flow(name="reproduce", persist_result=False)
@@ -80,18 +69,19 @@ def reproduce(
         launcher: prefix of every stage's command, for example `srun --gres=gpu:{gpus} -c {cpus}`.
         wait: wait for another run in this workspace to end instead of failing.
     """
-    say = _begin()
+    say = begin()
     root = Path.cwd()
-    logs = root / "scratch" / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    logs = run_folder(root)
     try:
         with driver_lock(root, wait=wait, say=say) as lock:
             _take_over(lock)
-            _write_params(root, profile, overrides or [])
+            _write_params(root, profile, overrides or [], say)
             pipeline = Pipeline(root, force=force, pull=pull)
             try:
                 nodes = pipeline.plan(targets or [], single_item=single_item)
                 launchers = {node.name: launcher_prefix(launcher or "", node.resources, node.name) for node in nodes}
                 slots = _slots(jobs, gpus, everywhere=runner == "ray" or launcher is not None)
+                slots.check(nodes)
                 with make_runner(runner, address) as task_runner:
                     backend = PrefectBackend(task_runner, on_ray=runner == "ray")
                     rows = Schedule(
@@ -107,21 +97,10 @@ def reproduce(
             finally:
                 pipeline.close()
     except UserError as error:
-        return Failed(message=str(error))
+        return bad_input(error)
     except RunCancelled:
         return Cancelled(message="cancelled; what had finished is recorded")
     return _conclude(root, rows, logs)
-
-
-def _begin() -> Callable[[str], None]:
-    """Prepare this process; where to say something.
-
-    Not inside the flow: a flow travels to Ray workers by value, and what it names itself travels with it.
-    """
-    if TERMINAL.get():
-        quiet_console()
-    reset_stop()
-    return get_run_logger().info
 
 
 def _take_over(lock: DriverLock) -> None:
@@ -136,55 +115,22 @@ def _take_over(lock: DriverLock) -> None:
     lock.annotate(flow_run_id=str(flow_run.get_id()))
 
 
-def _write_params(root: Path, profile: str | None, overrides: Sequence[str]) -> None:
+def _write_params(root: Path, profile: str | None, overrides: Sequence[str], say: Callable[[str], None]) -> None:
     if profile is None and not overrides:
         return
     path = root / PARAMS_FILE
     rendered = with_overrides(path, overrides) if profile is None else render(profile, overrides)
     backup = write_profile(rendered.text, path)
-    for note in [
-        *rendered.notes,
-        *([f"params.yaml had been edited: its former content is in {backup}"] if backup else []),
-    ]:
-        get_run_logger().info(note)
+    for note in rendered.notes:
+        say(note)
+    if backup:
+        say(f"params.yaml had been edited: its former content is in {backup}")
 
 
 def _slots(jobs: int | None, gpus: str | None, *, everywhere: bool) -> Slots:
     if jobs is not None and jobs < 1:
         raise UserError(f"-j {jobs} leaves nothing to run with; give 1 or more.")
     return Unlimited(jobs=jobs) if everywhere else Slots(jobs=jobs, gpus=parse_gpus(gpus))
-
-
-class RunLog:
-    """The scheduler's events as lines in the flow run's log."""
-
-    def __init__(self) -> None:
-        self._logger = get_run_logger()
-
-    def started(self, name: str, gpus: tuple[str, ...], log: str) -> None:
-        """A stage was started."""
-        self._logger.info("%s started%s; log: %s", name, f" on GPU {','.join(gpus)}" if gpus else "", log)
-
-    def settled(self, name: str, verdict: Verdict, seconds: float, message: str) -> None:
-        """A stage has a verdict."""
-        took = f" after {seconds:.1f} s" if seconds else ""
-        level = logging.INFO if verdict.good and not message else logging.WARNING
-        self._logger.log(level, "%s %s%s%s", name, verdict.value, took, f": {message}" if message else "")
-
-    def tick(self, progress: dict[str, ProgressLine]) -> None:
-        """Progress is shown by the task runs' artifacts."""
-
-    def note(self, text: str) -> None:
-        """A remark."""
-        self._logger.info(text)
-
-
-def listeners(nodes: list[Node]) -> list[Listener]:
-    board = TERMINAL.get()
-    if board is None:
-        return [RunLog()]
-    board.planned(nodes)
-    return [RunLog(), board]
 
 
 def _conclude(root: Path, rows: list[Row], logs: Path) -> State[Any]:
@@ -197,8 +143,10 @@ def _conclude(root: Path, rows: list[Row], logs: Path) -> State[Any]:
         artifacts.figures(profile, root)
     counts = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
     summary = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
+    page = Path("reports") / (profile or "") / "index.html"
+    where = f"; report: {page}" if (root / page).is_file() else ""
     good = all(row.verdict.good for row in rows)
-    return (Completed if good else Failed)(message=summary or "dvc.yaml has no stages")
+    return (Completed if good else Failed)(message=f"{summary or 'dvc.yaml has no stages'}{where}")
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -234,67 +182,30 @@ def main(
 
     Exit codes: 0 all is up to date, 1 a stage failed, 2 bad input (the message says what to change), 130 stopped.
     """
-    from prefect.logging.configuration import setup_logging
-
-    from flows.server import prefect_api
-    from rlheals.orchestration.console import Board
-
     if runner not in ("thread", "ray"):
         raise typer.BadParameter("use thread or ray", param_hint="--runner")
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(prefect_api())
-            board = stack.enter_context(Board())
-            setup_logging()
-            quiet_console()
-            TERMINAL.set(board)
-            # Prefect's type covers asynchronous flows as well.
-            state: Any = reproduce(
-                targets=targets,
-                profile=profile,
-                overrides=overrides,
-                jobs=jobs,
-                gpus=gpus,
-                keep_going=keep_going,
-                force=force,
-                pull=pull,
-                single_item=single_item,
-                runner=runner,
-                address=address,
-                launcher=launcher,
-                wait=wait,
-                return_state=True,
-            )
-        except UserError as error:
-            state = Failed(message=str(error))
-            board = None
-        except KeyboardInterrupt:
-            raise SystemExit(EXIT_CANCELLED) from None
-    raise SystemExit(tell(state, ran=bool(board and board.rows)))
-
-
-def tell(state: State[Any], *, ran: bool) -> int:
-    """Print what the run came to and give the exit code."""
-    if state.is_completed():
-        return EXIT_OK
-    if state.is_cancelled():
-        typer.echo("cancelled; what had finished is recorded. Run the same command again to go on.", err=True)
-        return EXIT_CANCELLED
-    typer.echo(f"error: {state.message}", err=True)
-    return EXIT_INTERNAL if ran else EXIT_BAD_INPUT
-
-
-def quiet_console() -> None:
-    """Leave the terminal to the table: Prefect's log goes to its server, the stages' to their files."""
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, PrefectConsoleHandler):
-            handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    on_terminal(
+        lambda: reproduce(
+            targets=targets,
+            profile=profile,
+            overrides=overrides,
+            jobs=jobs,
+            gpus=gpus,
+            keep_going=keep_going,
+            force=force,
+            pull=pull,
+            single_item=single_item,
+            runner=runner,
+            address=address,
+            launcher=launcher,
+            wait=wait,
+            return_state=True,
+        )
+    )
 
 
 if __name__ == "__main__":
-    # Under its own name: what is defined in a module called __main__ cannot be sent to a Ray worker.
+    # Under its own name: what a module called __main__ defines cannot be sent to a Ray worker.
     from flows.reproduce import app as command
 
     command(prog_name="python -m flows.reproduce")

@@ -8,9 +8,6 @@ only read. The comparison is written to ``reports/sweeps/<name>/table.csv``; `dv
 from __future__ import annotations
 
 import math
-import os
-import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +17,10 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import artifacts
-from flows.reproduce import EXIT_CANCELLED, TERMINAL, listeners, quiet_console, tell
 from flows.tasks import PrefectBackend, RunCancelled, make_runner
+from flows.terminal import bad_input, begin, listeners, on_terminal, run_folder
 from rlheals.errors import UserError
 from rlheals.orchestration.comparison import comparison, differences, write_tables
-from rlheals.orchestration.execute import reset_stop
 from rlheals.orchestration.schedule import Row, Schedule
 from rlheals.orchestration.slots import Slots, parse_gpus
 from rlheals.orchestration.sweep import Experiments, Sweep, plan_sweep, sweep_lock
@@ -54,9 +50,7 @@ def sweep(
         name: of the sweep; nothing means one made from the grid.
         force: run everything again, even what is there.
     """
-    if TERMINAL.get():
-        quiet_console()
-    reset_stop()
+    begin()
     root = Path.cwd()
     try:
         plan = plan_sweep(root, grid, profile=profile, targets=targets or [], name=name)
@@ -64,7 +58,7 @@ def sweep(
             rows = _run(plan, slots_for(jobs, parse_gpus(gpus)), force=force)
             return _conclude(plan, rows)
     except UserError as error:
-        return Failed(message=str(error))
+        return bad_input(error)
     except RunCancelled:
         return Cancelled(message="cancelled; the experiments that had finished are kept")
 
@@ -89,13 +83,14 @@ def slots_for(jobs: int | None, gpus: tuple[str, ...]) -> Slots:
 def _run(plan: Sweep, slots: Slots, *, force: bool) -> list[Row]:
     experiments = Experiments(plan, force=force)
     nodes = experiments.nodes(len(slots.gpus) // (slots.jobs or 1))
+    slots.check(nodes)
     with make_runner("thread", None) as runner:
         return Schedule(
             stages=experiments,
             nodes=nodes,
             backend=PrefectBackend(runner, on_ray=False),
             slots=slots,
-            logs=plan.root / "scratch/runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            logs=run_folder(plan.root),
             listeners=listeners(nodes),
             launchers=experiments.launchers(),
         ).run()
@@ -135,39 +130,22 @@ def main(
 
     Exit codes: 0 all experiments are there, 1 one failed, 2 bad input (the message says what to change), 130 stopped.
     """
-    from prefect.logging.configuration import setup_logging
-
-    from flows.server import prefect_api
-    from rlheals.orchestration.console import Board
-
-    with ExitStack() as stack:
-        board = None
-        try:
-            stack.enter_context(prefect_api(Path("scratch/prefect-server.log")))
-            board = stack.enter_context(Board())
-            setup_logging()
-            quiet_console()
-            TERMINAL.set(board)
-            # Prefect's type covers asynchronous flows as well.
-            state: Any = sweep(
-                grid=[word for word in words if "=" in word],
-                targets=[word for word in words if "=" not in word],
-                profile=profile,
-                jobs=jobs,
-                gpus=gpus,
-                name=name,
-                force=force,
-                return_state=True,
-            )
-        except UserError as error:
-            state = Failed(message=str(error))
-        except KeyboardInterrupt:
-            raise SystemExit(EXIT_CANCELLED) from None
-    code = tell(state, ran=bool(board and board.rows))
-    if code == 0:
-        typer.echo(state.message)
-    raise SystemExit(code)
+    on_terminal(
+        lambda: sweep(
+            grid=[word for word in words if "=" in word],
+            targets=[word for word in words if "=" not in word],
+            profile=profile,
+            jobs=jobs,
+            gpus=gpus,
+            name=name,
+            force=force,
+            return_state=True,
+        )
+    )
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m flows.sweep")
+    # As in flows.reproduce: under its own name.
+    from flows.sweep import app as command
+
+    command(prog_name="python -m flows.sweep")

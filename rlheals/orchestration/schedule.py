@@ -107,12 +107,10 @@ class Schedule:
     def run(self) -> list[Row]:
         """Run the plan to its end; rows in the order of the plan.
 
-        Whatever ends it early (Ctrl-C, a cancel, an error of ours) stops what runs and frees DVC's locks first.
-
-        Raises:
-            UserError: the plan cannot run here; stages that fail are rows, not exceptions.
+        Stages that fail are rows, not exceptions. Whatever ends it early (Ctrl-C, a cancel, an error of ours) stops
+        what runs and frees DVC's locks first. Call ``slots.check`` before: a plan that needs more than there is would
+        wait for ever.
         """
-        self.slots.check(list(self.nodes))
         try:
             while len(self.rows) < len(self.nodes):
                 if not self._advance():

@@ -204,6 +204,14 @@ def test_a_wrong_pipeline_or_target_is_one_sentence(
         plan(workspace, *([target] if target else []))
 
 
+def test_marks_cut_short_by_a_kill_do_not_stop_the_next_run(workspace: Workspace) -> None:
+    run(workspace, ("data",))
+    marks = workspace.folder / ".dvc" / "tmp" / "rwlock"
+    marks.write_text('{"write": {')
+    assert "corrupted" in workspace.call("dvc", "repro", "--force", "data", code=None), "DVC itself refuses"
+    assert run(workspace, ("data",), force=True) == {"data": Verdict.COMPLETED}
+
+
 def test_a_folder_without_dvc_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no DVC workspace"):
         Pipeline(tmp_path)
