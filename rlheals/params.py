@@ -190,6 +190,33 @@ class ProbeSft(Block):
     """Attempts allowed on ``confirm`` at the chosen rungs; every other rung gets one."""
 
 
+class Ppo(Block):
+    """The RL branches; their constants are those of ``fidelity`` in ``rlheals/training/ppo/settings.py``."""
+
+    fidelity: Literal["sane", "paper"]
+    starts: Annotated[list[Count], Field(min_length=1)]
+    arms: Annotated[list[Literal["ppo", "reward_only", "kl_only", "reinforce", "grpo"]], Field(min_length=1)]
+    updates: Positive
+    episodes: Positive
+    attempts: Positive
+    checkpoints: Annotated[list[Positive], Field(min_length=1)]
+    state_every: Positive
+    change: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _checkpoints_are_reached(self) -> Ppo:
+        if self.checkpoints != sorted(set(self.checkpoints)) or self.checkpoints[-1] != self.updates:
+            raise ValueError(f"checkpoints must be strictly increasing and end with updates, {self.updates}")
+        return self
+
+
+class ProbeRl(Block):
+    """Which answers ``probe_rl`` collects."""
+
+    attempts: Positive
+    bootstrap: Positive
+
+
 class Report(Block):
     """The report."""
 
@@ -211,6 +238,8 @@ class Params(Block):
     sft: Sft
     inference: Inference
     probe_sft: ProbeSft
+    ppo: Ppo
+    probe_rl: ProbeRl
     report: Report
 
     @field_validator("models", "seeds")
@@ -226,6 +255,13 @@ class Params(Block):
         unknown = [name for name in self.models if name not in self.model]
         if unknown:
             raise ValueError(f"models names {unknown[0]!r}, which has no block under model")
+        return self
+
+    @model_validator(mode="after")
+    def _branches_start_at_rungs(self) -> Params:
+        missing = [step for step in self.ppo.starts if step not in self.sft.checkpoints]
+        if missing:
+            raise ValueError(f"ppo.starts holds {missing[0]}, which is not among sft.checkpoints")
         return self
 
     @cached_property

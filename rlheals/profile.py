@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 COMPLETE = "mini"
-OPEN_BLOCKS = ("model", "base.mixture", "task.training_rule", "task.ood_rule")
+OPEN_BLOCKS = ("model", "base.mixture", "task.training_rule", "task.ood_rule", "ppo.change")
 """Blocks whose keys the user names, so a new key there is not a typing error."""
 BACKUP = "scratch/params.before-{}.yaml"
 """Copies of files edited by hand, numbered from 1; `make clean` keeps them."""

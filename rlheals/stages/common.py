@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,8 @@ class Run:
         params: the whole of ``params.yaml``.
         model: name under ``models``; empty for stages that collect all of them.
         seed: seed of this run.
+        start: rung an RL branch starts from; only of branch stages.
+        arm: arm of an RL branch; only of branch stages.
         root: project directory; all paths are relative to it.
     """
 
@@ -49,6 +51,8 @@ class Run:
     model: str
     seed: int
     root: Path = Path()
+    start: int | None = None
+    arm: str = ""
 
     @property
     def spec(self) -> ModelSpec:
@@ -58,6 +62,10 @@ class Run:
     def output(self, stage: str) -> Path:
         """Directory that ``stage`` publishes for this cell: ``data/<profile>/<stage>/<model>/<seed>``."""
         return self.root / "data" / self.params.profile / stage / self.model / str(self.seed)
+
+    def branch(self, arm: str, start: int) -> Path:
+        """Directory of one RL branch: ``data/<profile>/ppo/<model>/<seed>/<arm>/<rung>``."""
+        return self.output("ppo") / arm / str(start)
 
     def scratch(self, stage: str, *blocks: Any) -> Path:
         """Directory for resumable state, named by a digest of all that decides the stage's numbers.
@@ -69,7 +77,8 @@ class Run:
         versions = {name: version(name) for name in LIBRARIES}
         decides = [blocks, code_digest(), versions, resolve_device(self.params.compute.device)]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        name = f"{self.params.profile}-{self.model}-{self.seed}-{digest}"
+        branch = f"{self.arm}-{self.start}-" if self.arm else ""
+        name = f"{self.params.profile}-{self.model}-{self.seed}-{branch}{digest}"
         return self.root / "scratch" / stage / name
 
     def columns(self) -> dict[str, Any]:
@@ -116,17 +125,30 @@ def _cell(params: Params, model: str, seed: int) -> Run:
     return Run(params, model, seed)
 
 
-def run_stage(stage: Callable[[Run], None], *, per_model: bool = True) -> None:
+def _branch(run: Run, start: int, arm: str) -> Run:
+    settings = run.params.ppo
+    if start not in settings.starts:
+        raise UserError(f"--checkpoint-step {start} is not in ppo.starts of params.yaml, which holds {settings.starts}.")
+    if arm not in settings.arms:
+        raise UserError(f"--arm {arm} is not in ppo.arms of params.yaml, which holds {settings.arms}.")
+    return replace(run, start=start, arm=arm)
+
+
+def run_stage(stage: Callable[[Run], None], *, per_model: bool = True, per_branch: bool = False) -> None:
     """Parse arguments, load params and run ``stage``; a `UserError` becomes one line and exit code 2."""
     parser = argparse.ArgumentParser(description=(sys.modules[stage.__module__].__doc__ or "").strip())
     if per_model:
         parser.add_argument("--model", required=True, help="model name, one of `models` in params.yaml")
         parser.add_argument("--seed", required=True, type=int, help="seed, one of `seeds` in params.yaml")
+    if per_branch:
+        parser.add_argument("--checkpoint-step", required=True, type=int, help="rung, one of ppo.starts in params.yaml")
+        parser.add_argument("--arm", required=True, help="one of ppo.arms in params.yaml")
     arguments = parser.parse_args()
     try:
         params = load_params()
         quiet_environment(params.compute.threads)
-        stage(_cell(params, arguments.model, arguments.seed) if per_model else Run(params, "", 0))
+        run = _cell(params, arguments.model, arguments.seed) if per_model else Run(params, "", 0)
+        stage(_branch(run, arguments.checkpoint_step, arguments.arm) if per_branch else run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
