@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -11,6 +11,9 @@ from rlheals.errors import UserError
 from rlheals.reporting.tables import Choice, Study, outcomes
 from rlheals.reporting.words import percent
 from rlheals.stats import holm, paired_difference, paired_ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 ALPHA = 0.05
@@ -130,6 +133,15 @@ def evaluate(study: Study) -> pl.DataFrame:
         "no_loss_picks_the_peak": _no_loss_picks,
     }
     found = [(claim.key, choice, rules[claim.key](study, choice)) for claim in CLAIMS for choice in study.choices]
+    return corrected_table(found)
+
+
+def corrected_table(found: Sequence[tuple[str, Choice, Evidence]]) -> pl.DataFrame:
+    """Rows of (claim, run, evidence) with Holm's correction over all of them, verdicts, and verdicts over the seeds.
+
+    Returns:
+        Columns claim, model, seed, estimate, low, high, p_value, p_holm, verdict, pooled, note.
+    """
     corrected = holm([evidence.p_value for _, _, evidence in found])
     rows: list[dict[str, Any]] = []
     for (key, choice, evidence), p_holm in zip(found, corrected, strict=True):

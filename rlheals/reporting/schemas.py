@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _RUN = {"profile": pl.String, "model": pl.String, "seed": pl.Int64}
 _RUNG = {**_RUN, "stage": pl.String, "checkpoint_step": pl.Int64, "cell_id": pl.String}
+_BRANCH = {**_RUN, "checkpoint_step": pl.Int64, "arm": pl.String}  # the start and the arm of an RL branch
 
 SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
     "hands": {
@@ -110,6 +111,103 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "regret_high": pl.Float64,
         "p_value": pl.Float64,  # exact McNemar, paired on hands
         "n": pl.Int64,
+    },
+    # One row per update of an RL branch; null where an arm has no such number (no critic, no clipping, no reference).
+    "rl_training": {
+        **_BRANCH,
+        "update": pl.Int64,
+        "episodes": pl.Int64,
+        "turns": pl.Int64,
+        "tokens": pl.Int64,  # of responses
+        "reward_mean": pl.Float64,  # of episodes
+        "reward_std": pl.Float64,
+        "solved_rate": pl.Float64,
+        "format_error_rate": pl.Float64,  # share of turns
+        "kl_reference": pl.Float64,  # nats a token, policy || reference
+        "kl_old": pl.Float64,  # nats a token, policy before the update || after
+        "entropy": pl.Float64,
+        "clip_fraction": pl.Float64,
+        "policy_loss": pl.Float64,
+        "value_loss": pl.Float64,
+        "explained_variance": pl.Float64,
+        "grad_norm": pl.Float64,
+        "learning_rate": pl.Float64,
+        "ratio_max_deviation_first": pl.Float64,  # largest |ratio - 1| in the first pass of the update
+        "advantage_mean": pl.Float64,  # before normalisation, as the other four
+        "advantage_std": pl.Float64,
+        "advantage_skew": pl.Float64,
+        "advantage_kurtosis": pl.Float64,  # excess over a Gaussian's
+        "advantage_positive_share": pl.Float64,
+        "response_tokens_mean": pl.Float64,
+        "seconds_rollout": pl.Float64,
+        "seconds_score": pl.Float64,
+        "seconds_train": pl.Float64,
+    },
+    # Histogram of the advantages of each update.
+    "advantages": {**_BRANCH, "update": pl.Int64, "bin_left": pl.Float64, "bin_right": pl.Float64, "count": pl.Int64},
+    # What the doctor found in a branch's training curves.
+    "doctor": {
+        **_BRANCH,
+        "update": pl.Int64,
+        "check": pl.String,
+        "level": pl.String,
+        "value": pl.Float64,
+        "limit": pl.Float64,
+        "cause": pl.String,
+        "parameter": pl.String,  # the one to change
+    },
+    # Teacher-forced losses of an RL branch; update 0 is its start.
+    "rl_losses": {
+        **_BRANCH,
+        "update": pl.Int64,
+        "series": pl.String,  # train_id | test_id | ood
+        "tokens": pl.Int64,
+        "nll_per_token": pl.Float64,
+    },
+    # First tries after RL against those of the start on the same confirm hands: one row per branch, update, condition.
+    "recovery": {
+        **_BRANCH,
+        "update": pl.Int64,
+        "condition": pl.String,
+        "n": pl.Int64,
+        "before": pl.Float64,  # accuracy of the start
+        "before_low": pl.Float64,  # 95 % Wilson
+        "before_high": pl.Float64,
+        "after": pl.Float64,
+        "after_low": pl.Float64,
+        "after_high": pl.Float64,
+        "only_after": pl.Int64,  # hands that only the RL checkpoint solves
+        "only_before": pl.Int64,
+        "difference": pl.Float64,  # after minus before
+        "difference_low": pl.Float64,  # Newcombe's paired interval
+        "difference_high": pl.Float64,
+        "p_value": pl.Float64,  # exact McNemar
+        "peak": pl.Float64,  # accuracy of SFT_MaxOOD on the same hands
+        "recovered": pl.Float64,  # difference / (peak - before); null where nothing was lost
+        "format_error_before": pl.Float64,
+        "format_error_after": pl.Float64,
+    },
+    # Range of starts from which RL raises OOD accuracy, with percentiles of a bootstrap over hands.
+    "recovery_window": {
+        **_RUN,
+        "arm": pl.String,
+        "update": pl.Int64,
+        "condition": pl.String,
+        "n": pl.Int64,
+        "starts": pl.Int64,
+        "best_step": pl.Int64,  # the start with the largest gain
+        "best_difference": pl.Float64,
+        "best_p_holm": pl.Float64,  # its exact McNemar p-value, corrected over the starts
+        "opens": pl.Float64,  # first SFT step of the window; null when no start gains
+        "opens_low": pl.Float64,
+        "opens_high": pl.Float64,
+        "opens_before_first": pl.Boolean,  # the first start lies inside, so the window may open earlier
+        "closes": pl.Float64,
+        "closes_low": pl.Float64,
+        "closes_high": pl.Float64,
+        "closes_after_last": pl.Boolean,
+        "found_share": pl.Float64,  # resamples with a window
+        "resamples": pl.Int64,
     },
 }
 

@@ -1,4 +1,4 @@
-"""Made-up but valid outputs of ``dataset``, ``base`` and ``probe_sft``, for tests that need tables and no model."""
+"""Made-up but valid outputs of ``dataset``, ``base``, ``probe_sft`` and ``probe_rl``, for tests without a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from rlheals.evaluation.recovery import recovery_table, recovery_windows
 from rlheals.params import Params
 from rlheals.publish import publish
 from rlheals.reporting.schemas import SCHEMAS, write_table
@@ -26,11 +27,22 @@ LADDER = {
     160: (0.95, 0.52, 0.15, 0.14),
     320: (0.97, 0.44, 0.07, 0.05),
 }
+# Share of the unsolved OOD hands that RL wins, or (negative) of the solved ones that it loses, by arm and start.
+GAINS = {
+    "ppo": {5: 0.0, 10: -0.1, 40: 0.5, 160: 0.02, 320: 0.0},
+    "reward_only": {5: 0.0, 10: -0.3, 40: 0.1, 160: 0.0, 320: 0.0},
+    "kl_only": {5: 0.0, 10: 0.0, 40: 0.6, 160: 0.1, 320: 0.05},
+}
 LOSSES = {"train_id": (0.23, 0.006), "test_id": (0.23, 0.008), "ood": (0.24, 0.32)}
 
 
-def make_params(seeds: list[int] | None = None, models: list[str] | None = None, profile: str = "mini") -> Params:
-    """Params of the mini preset with another set of runs and the ladder of this module."""
+def make_params(
+    seeds: list[int] | None = None,
+    models: list[str] | None = None,
+    profile: str = "mini",
+    arms: tuple[str, ...] = ("ppo",),
+) -> Params:
+    """Params of the mini preset with another set of runs and the ladder and starts of this module."""
     from ruamel.yaml import YAML
 
     raw = YAML(typ="safe").load((REPOSITORY / "rlheals/presets/mini.yaml").read_text())
@@ -39,6 +51,7 @@ def make_params(seeds: list[int] | None = None, models: list[str] | None = None,
     for name in raw["models"]:
         raw["model"].setdefault(name, raw["model"]["tiny"])
     raw["sft"] |= {"checkpoints": list(LADDER), "steps": max(LADDER)}
+    raw["ppo"] |= {"starts": list(GAINS["ppo"]), "arms": list(arms), "updates": 24, "checkpoints": [12, 24]}
     return Params.model_validate(raw)
 
 
@@ -185,3 +198,86 @@ def _training(columns, rng):
             | {"gradient_norm": 1.0, "tokens": 64 * 30 * step}
         )
     return pl.DataFrame(rows, schema=SCHEMAS["training"], orient="row")
+
+
+def make_branches(root: Path, params: Params, gains: dict[str, dict[int, float]] = GAINS) -> None:
+    """Write the output of ``probe_rl`` for every declared run, whose ``probe_sft`` must be there."""
+    for model in params.models:
+        for seed in params.seeds:
+            _make_branches(root, params, model, seed, gains)
+
+
+def _make_branches(root, params, model, seed, gains):
+    rng = np.random.default_rng([seed, 77])
+    ladder = root / "data" / params.profile / "probe_sft" / model / str(seed)
+    before = pl.read_parquet(ladder / "answers.parquet")
+    max_ood = json.loads((ladder / "selection.json").read_text())["max_ood"]
+    columns = {"profile": params.profile, "model": model, "seed": seed}
+    keys = [(arm, start, u) for arm in params.ppo.arms for start in params.ppo.starts for u in params.ppo.checkpoints]
+    answers = pl.concat([_after(before, arm, start, u, gains[arm][start], rng) for arm, start, u in keys])
+    branches = [(arm, start) for arm in params.ppo.arms for start in params.ppo.starts]
+    tables = {
+        "answers": answers,
+        "recovery": recovery_table(answers, before, max_ood),
+        "recovery_window": recovery_windows(answers, before, 200, seed),
+        "rl_training": pl.DataFrame(
+            [_update(columns, arm, start, u, rng) for arm, start in branches for u in range(1, 25)],
+            schema=SCHEMAS["rl_training"],
+        ),
+        "advantages": pl.DataFrame(
+            [
+                {**columns, "checkpoint_step": start, "arm": arm, "update": 1}
+                | {"bin_left": left, "bin_right": left + 1, "count": 64}
+                for arm, start in branches
+                for left in (-1.0, 0.0)
+            ],
+            schema=SCHEMAS["advantages"],
+        ),
+        "doctor": pl.DataFrame(
+            [
+                {**columns, "checkpoint_step": 5, "arm": "ppo", "update": u, "check": "format", "level": "error"}
+                | {"value": 0.99, "limit": 0.5, "cause": "no answer can be read", "parameter": "ppo.starts"}
+                for u in (3, 4)
+            ],
+            schema=SCHEMAS["doctor"],
+        ),
+    }
+    losses = pl.DataFrame(
+        [
+            {**columns, "checkpoint_step": start, "arm": arm, "update": u, "series": series, "tokens": 7424}
+            | {"nll_per_token": float(np.exp(rng.normal(-2, 0.5)))}
+            for arm, start in branches
+            for u in (0, *params.ppo.checkpoints)
+            for series in LOSSES
+        ],
+        schema=SCHEMAS["rl_losses"],
+    )
+    with publish(root / "data" / params.profile / "probe_rl" / model / str(seed)) as out:
+        for name, table in tables.items():
+            write_table(table, name, out / f"{name}.parquet")
+        write_table(losses, "rl_losses", out / "losses.parquet")
+
+
+def _after(before, arm, start, update, gain, rng):
+    """First confirm answers of the start with some outcomes changed; ID hands lose or win a fifth as many."""
+    rows = before.filter(
+        (pl.col("checkpoint_step") == start) & (pl.col("split") == "confirm") & (pl.col("attempt") == 1)
+    )
+    solved = rows["solved"].to_numpy().copy()
+    share = np.where(rows["condition"].str.starts_with("ood").to_numpy(), abs(gain), abs(gain) / 5)
+    flipped = (rng.random(len(rows)) < share) & (solved if gain < 0 else ~solved)
+    outcome = pl.Series(solved ^ flipped)
+    return rows.with_columns(
+        stage=pl.lit("rl"), cell_id=pl.lit(f"{arm}/{update}"), solved=outcome, solved_first_try=outcome
+    )
+
+
+def _update(columns, arm, start, update, rng):
+    row = dict.fromkeys(SCHEMAS["rl_training"], 0.0)
+    row |= {**columns, "checkpoint_step": start, "arm": arm, "update": update, "episodes": 128, "turns": 128}
+    row |= {"tokens": 3800, "solved_rate": 0.5 + update / 100, "reward_mean": 0.1, "format_error_rate": 0.02}
+    row |= {
+        "kl_reference": None if arm == "reward_only" else 0.2 * rng.random(),
+        "entropy": float(np.exp(-update / 20)),
+    }
+    return row

@@ -10,3 +10,7 @@ from rlheals.reporting.figures.charts import shortcut as shortcut
 from rlheals.reporting.figures.dots import regret as regret
 from rlheals.reporting.figures.dots import retries as retries
 from rlheals.reporting.figures.dots import retry_table as retry_table
+from rlheals.reporting.figures.recovery import recovery_curve as recovery_curve
+from rlheals.reporting.figures.recovery import recovery_gain as recovery_gain
+from rlheals.reporting.figures.recovery import rl_losses as rl_losses
+from rlheals.reporting.figures.recovery import rl_training as rl_training

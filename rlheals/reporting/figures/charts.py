@@ -34,7 +34,7 @@ def ladder_accuracy(summary: pl.DataFrame, choices: Sequence[Choice]) -> alt.Top
         own = [choice for choice in choices if choice.model == model]
         return curves(part, CONDITIONS, ACCURACY, step_axis(part["step"].to_list()), own)
 
-    return _per_model(table, draw, "Accuracy along the SFT ladder", _hands(rows))
+    return per_model(table, draw, "Accuracy along the SFT ladder", _hands(rows))
 
 
 def losses(table: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLevelMixin:
@@ -59,7 +59,7 @@ def losses(table: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLevelMixin:
         own = [choice for choice in choices if choice.model == model]
         return curves(part, LOSSES, NLL, step_axis(part["step"].to_list()), own, mark_minima=True)
 
-    return _per_model(points, draw, "Teacher-forced losses along SFT", _seeds(points, "diamonds: lowest point"))
+    return per_model(points, draw, "Teacher-forced losses along SFT", seeds_note(points, "diamonds: lowest point"))
 
 
 def format_errors(summary: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLevelMixin:
@@ -72,7 +72,7 @@ def format_errors(summary: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLe
         own = [choice for choice in choices if choice.model == model]
         return curves(part, CONDITIONS, axis, step_axis(part["step"].to_list()), own, height=260)
 
-    return _per_model(table, draw, "Format errors along the SFT ladder", _hands(rows))
+    return per_model(table, draw, "Format errors along the SFT ladder", _hands(rows))
 
 
 def shortcut(summary: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLevelMixin:
@@ -98,7 +98,7 @@ def shortcut(summary: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLevelMi
                 )
         return column(panels, 34)
 
-    return _per_model(top, draw, "Which rule the answers follow", _hands(rows))
+    return per_model(top, draw, "Which rule the answers follow", _hands(rows))
 
 
 def base_training(table: pl.DataFrame) -> alt.TopLevelMixin:
@@ -129,7 +129,7 @@ def base_training(table: pl.DataFrame) -> alt.TopLevelMixin:
         )
         return alt.layer(line).properties(width=620, height=240)
 
-    return _per_model(rows, draw, "Pretraining loss of the base model", _seeds(rows, lines="one line each"))
+    return per_model(rows, draw, "Pretraining loss of the base model", seeds_note(rows, lines="one line each"))
 
 
 def first_tries(summary: pl.DataFrame) -> pl.DataFrame:
@@ -157,7 +157,7 @@ def column(panels: Sequence[Any], spacing: int) -> alt.VConcatChart:
     return stacked.resolve_scale(color="independent", strokeDash="independent", shape="independent")
 
 
-def _per_model(
+def per_model(
     table: pl.DataFrame, draw: Callable[[pl.DataFrame, str], Any], title: str, subtitle: str
 ) -> alt.TopLevelMixin:
     """One panel a model, below each other, under one title."""
@@ -188,10 +188,11 @@ def _hands(rows: pl.DataFrame) -> str:
     """Subtitle: which hands, how many, which seeds."""
     counts = sorted(set(rows["n"]))
     hands = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return _seeds(rows, f"confirm split, n = {hands} hands a condition; 95 % Wilson intervals")
+    return seeds_note(rows, f"confirm split, n = {hands} hands a condition; 95 % Wilson intervals")
 
 
-def _seeds(rows: pl.DataFrame, text: str = "", lines: str = "faint, and their mean") -> str:
+def seeds_note(rows: pl.DataFrame, text: str = "", lines: str = "faint, and their mean") -> str:
+    """Which seeds a figure shows, and how, before ``text``."""
     seeds = sorted(set(rows["seed"]))
     seen = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({lines})"
     return f"{seen}; {text}" if text else seen

@@ -50,6 +50,23 @@ CRITERIA = {
     "train_id_loss": "lowest train (ID) loss",
     "last": "last rung",
 }
+BEFORE = "sft"
+ARMS = {
+    BEFORE: Look("before RL", "#57606a", "#424a53"),
+    "ppo": Look("PPO", "#d55e00", "#ad4c00"),
+    "reward_only": Look("reward, no KL", "#0072b2", "#005a8e", (6, 3), "square"),
+    "kl_only": Look("KL, no reward", "#009e73", "#00724f", (2, 2), "triangle-up"),
+    "reinforce": Look("REINFORCE", "#cc79a7", "#9c4f7b", (8, 2), "diamond"),
+    "grpo": Look("GRPO", "#e69f00", "#946600", (4, 2), "cross"),
+}
+"""The arms of RL, and what they are compared with."""
+METRICS = {
+    "solved_rate": "solved (share of episodes)",
+    "format_error_rate": "unreadable (share of turns)",
+    "kl_reference": "KL to the reference (nats)",
+    "entropy": "entropy (nats)",
+}
+"""Training curves of RL that the report draws."""
 CHOICES = {"max_ood": "SFT_MaxOOD", "end": "SFT_End"}
 
 
