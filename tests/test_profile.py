@@ -156,4 +156,4 @@ def test_every_preset_file_is_a_patch_of_known_keys() -> None:
     mini = set(profile._paths(profile._load(profile._preset_text("mini"))))
     for name in preset_names():
         for path in profile._paths(profile._load(profile._preset_text(name))):
-            assert path in mini or path.startswith("model."), f"{name}: {path}"
+            assert path in mini or path.startswith(profile.OPEN_BLOCKS), f"{name}: {path}"

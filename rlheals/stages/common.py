@@ -128,7 +128,9 @@ def _cell(params: Params, model: str, seed: int) -> Run:
 def _branch(run: Run, start: int, arm: str) -> Run:
     settings = run.params.ppo
     if start not in settings.starts:
-        raise UserError(f"--checkpoint-step {start} is not in ppo.starts of params.yaml, which holds {settings.starts}.")
+        raise UserError(
+            f"--checkpoint-step {start} is not in ppo.starts of params.yaml, which holds {settings.starts}."
+        )
     if arm not in settings.arms:
         raise UserError(f"--arm {arm} is not in ppo.arms of params.yaml, which holds {settings.arms}.")
     return replace(run, start=start, arm=arm)

@@ -243,7 +243,7 @@ class Rollouts:
         facts = [_facts(*each) for each in zip(records, returns, advantages.tolist(), strict=True)]
         columns = rollout_columns(facts, critic=False, advantages=True)
         if update == 0:
-            check_readable(self.run.label, columns["format_error_rate"])
+            check_readable(self.run.label, columns["format_error_rate"], self.run.settings.least_readable)
         self.row = {"update": update + 1, **columns, "seconds_rollout": seconds}
         self.advantages = histogram(advantages, update + 1)
 

@@ -22,7 +22,6 @@ from rlheals.stages.common import Run
 from rlheals.stages.dataset import write
 from rlheals.stages.ppo import BRANCH, parent_of, ppo
 from rlheals.tasks import DatasetSizes, make_task
-from rlheals.training.ppo import trainer
 from tests.common import make_model, make_params
 
 if TYPE_CHECKING:
@@ -43,7 +42,9 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    return make_params(*SMALL, "ppo.change={minibatch: 4, micro_batch: 4, critic_warmup_updates: 0}")
+    # Random weights write nothing readable.
+    change = "ppo.change={minibatch: 4, micro_batch: 4, critic_warmup_updates: 0, least_readable: 0.0}"
+    return make_params(*SMALL, change)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,7 @@ def branch(finished: Path, tmp_path: Path, params: Params) -> Run:
     return Run(params, "tiny", 0, tmp_path / "project", start=5, arm="ppo")
 
 
-def test_a_branch_is_published_with_its_parent(branch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LEAST_READABLE", 0.0)  # random weights write nothing readable
+def test_a_branch_is_published_with_its_parent(branch: Run) -> None:
     ppo(branch)
     folder = branch.branch("ppo", 5)
     assert {"update-1/model.safetensors", "update-2/tokenizer.json", BRANCH} <= set(verify(folder))
@@ -89,8 +89,7 @@ def test_a_branch_is_published_with_its_parent(branch: Run, monkeypatch: pytest.
         assert any(not torch.equal(earlier[name], later[name]) for name in earlier)
 
 
-def test_reward_only_needs_no_reference(branch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LEAST_READABLE", 0.0)
+def test_reward_only_needs_no_reference(branch: Run) -> None:
     shutil.rmtree(branch.output("base"))
     ppo(replace(branch, arm="reward_only"))
     rows = read_table(branch.branch("reward_only", 5) / "rl_training.parquet", "rl_training")
@@ -98,6 +97,8 @@ def test_reward_only_needs_no_reference(branch: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_a_start_below_the_format_threshold_publishes_nothing(branch: Run) -> None:
+    demanding = branch.params.ppo.model_copy(update={"change": {**branch.params.ppo.change, "least_readable": 0.005}})
+    branch = replace(branch, params=branch.params.model_copy(update={"ppo": demanding}))
     with pytest.raises(UserError, match=r"ppo@5 writes 0\.0 % readable answers, below the format threshold"):
         ppo(branch)
     assert not branch.branch("ppo", 5).exists()

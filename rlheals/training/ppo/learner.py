@@ -149,7 +149,8 @@ class Learner:
             loss = loss + self._policy_term(chosen, fresh, past, total, losses)
             loss = loss - settings.entropy_coefficient * seen.entropy.sum() / total.tokens
         if seen.kl is not None:
-            loss = loss + settings.kl_coefficient * seen.kl.sum() / total.tokens
+            # Per unit of the policy term, or the coefficient would mean less the longer the responses are.
+            loss = loss + settings.kl_coefficient * seen.kl.sum() / self._divisor(total)
         return loss
 
     def _value_term(self, chosen: Sequence[Scored], seen: Evaluation, total: Total, losses: Losses) -> Tensor:
@@ -162,7 +163,6 @@ class Learner:
     def _policy_term(self, chosen: Sequence[Scored], fresh: Units, past: Units, total: Total, losses: Losses) -> Tensor:
         settings = self.settings
         advantages = self._tensor([episode.advantages for episode in chosen])[fresh.turn]
-        divisor = total.turns if settings.ratio == "turn" else total.weights
         result = policy_loss(
             fresh.log_probs,
             past.log_probs,
@@ -170,12 +170,16 @@ class Learner:
             settings.clip,
             settings.ratio_limit,
             fresh.weight,
-            divisor,
+            self._divisor(total),
         )
         losses.policy += float(result.loss.detach())
         losses.clipped += int(result.clipped.sum())
         losses.units += len(result.clipped)
         return result.loss
+
+    def _divisor(self, total: Total) -> float:
+        """What makes the policy term a mean: turns, or tokens by their weights."""
+        return total.turns if self.settings.ratio == "turn" else total.weights
 
     def _reference_logits(self, batch: Batch, chosen: Sequence[Scored]) -> Tensor | None:
         """Those kept from scoring, or computed again; None where the loss has no KL term."""

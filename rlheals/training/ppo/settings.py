@@ -73,7 +73,8 @@ class PpoSettings(BaseModel):
     kl_where: Literal["loss", "reward"]
     """``loss``: exact KL(policy || reference) over the vocabulary; ``reward``: its sampled estimate, in each turn."""
     kl_coefficient: Nonnegative
-    """0: no reference model is loaded."""
+    """In units of reward a nat: of a response's KL (summed over its tokens) with the ratio ``turn``, of a token's with
+    ``token``, as the policy term. 0: no reference model is loaded."""
     kl_limit: Rate | None
     """Mean KL(old || new) of one update that ends the run as failed; None is off."""
     ratio_limit: Above1 | None
@@ -82,6 +83,8 @@ class PpoSettings(BaseModel):
     """``none``: the policy, value and advantage terms are off, and only the KL term moves the policy."""
     normalise_advantages: bool
     """Mean 0 and standard deviation 1 over all turns of an update, of all processes."""
+    least_readable: Probability
+    """Smallest share of readable answers in the first update; below it the reward grades nothing but the format."""
     critic_seed: Seed
     """Of the critic's first weights; the same in every branch."""
 
@@ -152,6 +155,7 @@ SANE = PpoSettings(
     ratio_limit=None,
     reward="task",
     normalise_advantages=True,
+    least_readable=0.005,
     critic_seed=0,
 )
 """What the literature and trials on small models advise."""
@@ -191,6 +195,7 @@ PAPER = PpoSettings(
     ratio_limit=10.0,  # code
     reward="task",
     normalise_advantages=True,  # code: over one process's turns; here over all
+    least_readable=0.0,  # code: no such check
     critic_seed=0,
 )
 """The published constants. What differs from the authors' code on purpose: turns of one episode never bootstrap from

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from rlheals.training.ppo.settings import PpoSettings
 
 UPDATES = "updates"
-LEAST_READABLE = 0.005
-"""Smallest share of readable answers in the first update; below it the reward grades nothing but the format."""
 KEPT_LOGITS = 2**30
 """Bytes of reference logits one process keeps from scoring to training; more are computed again in every epoch."""
 
@@ -133,17 +131,18 @@ def save_checkpoint(policy: Any, tokenizer: Any, final: Path) -> None:
     partial.rename(final)
 
 
-def check_readable(label: str, format_errors: float) -> None:
+def check_readable(label: str, format_errors: float, least: float) -> None:
     """Raise `UserError` when the start of branch ``label`` is below the format threshold.
 
     Args:
         label: names the branch.
         format_errors: share of unreadable answers in its first update.
+        least: share of readable answers that is enough.
     """
-    if 1 - format_errors < LEAST_READABLE:
+    if 1 - format_errors < least:
         raise UserError(
             f"the start of {label} writes {100 * (1 - format_errors):.1f} % readable answers, below the format "
-            f"threshold of {100 * LEAST_READABLE:g} %, so there is no reward to learn from; start from a later rung "
+            f"threshold of {100 * least:g} %, so there is no reward to learn from; start from a later rung "
             "(ppo.starts in params.yaml) or sample closer to greedy (ppo.change.temperature)."
         )
 
@@ -222,7 +221,7 @@ class Trainer:
         facts = self._share(episodes)
         columns = rollout_columns(facts, self.settings.has_critic, self.settings.reward == "task")
         if index == 0:
-            check_readable(self.run.label, columns["format_error_rate"])
+            check_readable(self.run.label, columns["format_error_rate"], self.settings.least_readable)
         losses = self.learner.train(episodes, index)
         columns |= loss_columns(self._gather([losses]), self.settings.reward == "task", self.settings.has_critic)
         clock.append(time.perf_counter())
