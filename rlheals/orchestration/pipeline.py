@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, disk_errors
 from rlheals.orchestration.job import Job, Node, Resources, Verdict
 
 if TYPE_CHECKING:
@@ -215,11 +215,12 @@ class Pipeline:
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Turn DVC's exceptions into a `UserError` that keeps DVC's own words."""
+        """Turn DVC's exceptions into a `UserError` that keeps DVC's own words, and a full disk into one, too."""
         from dvc.exceptions import DvcException
 
         try:
-            yield
+            with disk_errors(self.root):
+                yield
         except DvcException as error:
             causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
             raise UserError(f"{what}: DVC says: {': '.join(' '.join(text.split()) for text in causes)}") from error
