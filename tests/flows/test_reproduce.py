@@ -319,10 +319,33 @@ def test_a_second_driver_says_who_is_at_work_or_waits(driver: Driver) -> None:
     assert running.returncode == 0
 
 
+@pytest.mark.fault
+def test_the_run_of_a_killed_driver_is_marked_as_crashed(driver: Driver, server: str) -> None:
+    driver.workspace.behave(train={"sleep": 600})
+    running, _ = driver.waiting_for("train")
+    with client(server) as api:
+        run = max(api.read_flow_runs(), key=lambda run: run.created)
+        running.kill()
+        running.communicate()
+        assert api.read_flow_run(run.id).state.is_running()
+        driver.workspace.behave()
+        driver.run()
+        assert api.read_flow_run(run.id).state.is_crashed()
+
+
+def test_single_item_runs_the_target_alone(driver: Driver) -> None:
+    driver.run()
+    driver.workspace.params(lr=2)
+    driver.workspace.ran()
+    assert verdicts(driver.run("report", "--single-item", "--force")) == {"report": "Completed"}
+    assert driver.workspace.ran() == ["report"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["nowhere"], "nowhere"),
+        (["nowhere", "--profile", "smoke"], "nowhere"),
         (["-j", "0"], "-j 0 leaves nothing to run with"),
         (["--profile", "mimi"], "did you mean mini?"),
         (["--launcher", "srun {gpu}"], "gpu"),
