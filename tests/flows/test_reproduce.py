@@ -99,7 +99,7 @@ def driver(tmp_path: Path, server: str) -> Driver:
 def verdicts(printed: str) -> dict[str, str]:
     """Verdict of each stage in the closing table."""
     rows = [line.split() for line in printed.splitlines()]
-    return {row[0]: row[1] for row in rows if len(row) >= 2 and row[1] in set(Verdict)}
+    return {row[0]: row[1] for row in rows if len(row) >= 2 and row[1] in set(Verdict) and not row[0].isdigit()}
 
 
 @contextmanager
