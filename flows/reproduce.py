@@ -20,7 +20,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows import artifacts
-from flows.tasks import PrefectBackend, RunCancelled, make_runner, started
+from flows.tasks import CancelWatch, PrefectBackend, RunCancelled, make_runner, started
 from flows.terminal import bad_input, begin, listeners, on_terminal, run_folder
 from rlheals.errors import UserError
 from rlheals.orchestration.driver_lock import DriverLock, driver_lock
@@ -78,7 +78,7 @@ def reproduce(
         places = _slots(jobs, gpus, everywhere=runner == "ray" or launcher is not None)
         ready = make_runner(runner, address)
         with (
-            driver_lock(root, wait=wait, say=say) as lock,
+            driver_lock(root, wait=wait, say=say, check=CancelWatch().check) as lock,
             _params_written(root / PARAMS_FILE, profile, overrides or [], say) as keep,
         ):
             _take_over(lock)

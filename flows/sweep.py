@@ -2,8 +2,8 @@
 
 Every combination becomes a DVC experiment, run in a clone of the repository, one Prefect task each. The workspace is
 only read. Inside an experiment plain `dvc repro` runs the stages: one at a time, without the time limits and retries of
-dvc.yaml's `meta`. The comparison is written to ``reports/sweeps/<name>/table.csv``; `dvc exp show`, `dvc exp apply NAME` and
-`dvc exp branch NAME` work on the experiments as on any other.
+dvc.yaml's `meta`. The comparison is written to ``reports/sweeps/<name>/table.csv``; `dvc exp show`, `dvc exp apply
+NAME` and `dvc exp branch NAME` work on the experiments as on any other.
 """
 
 from __future__ import annotations

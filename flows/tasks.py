@@ -136,6 +136,31 @@ def check_places(nodes: Sequence[Node], machines: Sequence[Mapping[str, float]])
             )
 
 
+class CancelWatch:
+    """Looks at the state of the current flow run, at most once in `CANCEL_POLL_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._client = get_client(sync_client=True)
+        self._polled = time.monotonic()
+
+    def check(self) -> None:
+        """Look, if it is time.
+
+        Raises:
+            RunCancelled: somebody is cancelling the run, and no runner may be there to do it.
+        """
+        if time.monotonic() - self._polled < CANCEL_POLL_SECONDS:
+            return
+        self._polled = time.monotonic()
+        try:
+            state = self._client.read_flow_run(UUID(flow_run.get_id())).state
+        except Exception as error:
+            logging.getLogger(__name__).debug("the flow run's state could not be read: %s", error)
+            return
+        if state is not None and (state.is_cancelling() or state.is_cancelled()):
+            raise RunCancelled
+
+
 class PrefectBackend:
     """Runs jobs as tasks of the current flow run (a `rlheals.orchestration.schedule.Backend`)."""
 
@@ -144,7 +169,7 @@ class PrefectBackend:
         self._runner, self._on_ray = runner, on_ray
         self._runs: dict[str, Any] = {}
         self._client = get_client(sync_client=True)
-        self._polled = time.monotonic()
+        self.check = CancelWatch().check
 
     def submit(self, node: Node, job: Job, done: Callable[[str], None]) -> None:
         """Submit the job as one task run, with edges from the task runs of its upstream."""
@@ -179,23 +204,6 @@ class PrefectBackend:
     def stop(self) -> None:
         """Stop every child of this process; a cluster stops its tasks when this driver disconnects."""
         stop_all()
-
-    def check(self) -> None:
-        """Look at the flow run's state once a second.
-
-        Raises:
-            RunCancelled: somebody is cancelling the run, and no runner may be there to do it.
-        """
-        if time.monotonic() - self._polled < CANCEL_POLL_SECONDS:
-            return
-        self._polled = time.monotonic()
-        try:
-            state = self._client.read_flow_run(UUID(flow_run.get_id())).state
-        except Exception as error:
-            logging.getLogger(__name__).debug("the flow run's state could not be read: %s", error)
-            return
-        if state is not None and (state.is_cancelling() or state.is_cancelled()):
-            raise RunCancelled
 
     def _wait_for(self, node: Node) -> list[Any]:
         return [allow_failure(self._runs[name]) for name in node.upstream]

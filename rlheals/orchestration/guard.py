@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 GRACE = 1.0
-SLACK = 0.3
 """Seconds between asking (SIGTERM) and killing (SIGKILL)."""
+SLACK = 0.3
+"""Seconds more that a caller gives the guard before it helps."""
 LINGER = 0.5
 """Seconds that what a finished command left running has to end by itself."""
 MARK = "RLHEALS_GUARDED"

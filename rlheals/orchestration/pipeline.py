@@ -11,7 +11,6 @@ with.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 
 from rlheals.errors import UserError, disk_errors
+from rlheals.orchestration.driver_lock import mend_marks
 from rlheals.orchestration.job import Job, Node, Resources, Verdict
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Pipeline:
             UserError: dvc.yaml or params.yaml cannot be read, a target does not exist, or a ``meta`` is not usable.
         """
         with self._told("cannot plan"), self._locked():
-            self._mend_marks()
+            mend_marks(Path(self._repo.tmp_dir))
             graph, steps = self._steps(list(targets), single_item)
             self._stages = {stage.addressing: stage for stage in steps}
             upstream = {name: self._waits_for(graph, stage, single_item) for name, stage in self._stages.items()}
@@ -228,20 +228,6 @@ class Pipeline:
         except DvcException as error:
             causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
             raise UserError(f"{what}: DVC says: {': '.join(' '.join(text.split()) for text in causes)}") from error
-
-    def _mend_marks(self) -> None:
-        """Remove DVC's file of marks when a killed process has left it cut short: DVC would refuse every command.
-
-        It is written under the lock that is held here, so nobody is writing it now.
-        """
-        marks = Path(self._repo.tmp_dir) / "rwlock"
-        try:
-            json.loads(marks.read_text())
-        except FileNotFoundError:
-            return
-        except ValueError:
-            logger.warning("%s was cut short by a process that was killed; it was removed.", marks)
-            marks.unlink()
 
     def _hold(self, name: str) -> None:
         """Mark the stage's inputs as read and its outputs as written for other DVC processes."""

@@ -36,6 +36,7 @@ from rlheals.errors import UserError, disk_errors
 from rlheals.orchestration.driver_lock import mend_marks
 from rlheals.orchestration.grid import parse_grid
 from rlheals.orchestration.job import Job, Node, Resources, Verdict
+from rlheals.orchestration.pipeline import search_path
 from rlheals.params import PARAMS_FILE, load_params, parse_params
 from rlheals.profile import render, with_overrides
 
@@ -330,12 +331,11 @@ class Experiments:
         # Reports of some profiles are ignored by git, and an experiment without its metrics compares nothing.
         report = ("--include-untracked", f"reports/{self._sweep.profile}")
         save = ("exp", "save", "--force", "--name", name, "--message", f"sweep: {_written(experiment)}", *report)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         return Job(
             name=name,
             commands=((*dvc, "repro", *force, *self._sweep.targets), (*dvc, *save, *self._sweep.targets)),
             cwd=str(clone),
-            environment={"PATH": path, "DVC_NO_ANALYTICS": "1"},
+            environment={"PATH": search_path(), "DVC_NO_ANALYTICS": "1"},
             outputs=(),
             log=str(log),
         )
