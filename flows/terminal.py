@@ -136,5 +136,9 @@ def quiet_console() -> None:
     """Leave the terminal to the table: Prefect's log goes to its server, the stages' to their files."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, PrefectConsoleHandler):
-            # By its place in the file system: some of Prefect's loggers have names of their own.
-            handler.addFilter(lambda record: "prefect" not in Path(record.pathname).parts)
+            handler.addFilter(lambda record: not _is_prefects(record))
+
+
+def _is_prefects(record: logging.LogRecord) -> bool:
+    """Whether a line went to one of Prefect's loggers, some of which are known only by where they are called."""
+    return record.name.startswith("prefect") or "prefect" in Path(record.pathname).parts
