@@ -1,4 +1,4 @@
-"""What a run leaves in Prefect's user interface: verdicts, figures, changes, and the progress of each stage.
+"""What a run leaves in Prefect's user interface: verdicts, figures, other tables, and the progress of each stage.
 
 An artifact is a courtesy. Whatever goes wrong while one is made (no report yet, no server, a full database) becomes a
 line in the log and never the failure of a run.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import base64
 import contextvars
-import json
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
 MOST_BYTES = 1_500_000
 """One artifact is one row of Prefect's database, loaded whole by the page that shows it."""
 SECONDS_BETWEEN_UPDATES = 2.0
-DIFF_SECONDS = 60.0
 _SENDER = "stage-progress"
 
 
@@ -118,28 +114,17 @@ def report_page(report: Path, most_bytes: int = MOST_BYTES) -> str:
     return "\n".join(lines)
 
 
-def params_and_metrics_diff(root: Path, key: str = "changes", revision: str = "HEAD") -> None:
-    """Markdown artifact: what `dvc params diff` and `dvc metrics diff` say against a revision; nothing if nothing."""
-    with _never_fatal("the changes of params and metrics"):
-        tables = {
-            title: _dvc_diff(root, command, revision)
-            for title, command in (("Parameters", "params"), ("Metrics", "metrics"))
-        }
-        text = "\n".join(f"## {title}\n\n{table}\n" for title, table in tables.items() if table)
-        publish_markdown(text, key, f"Changes against {revision}.")
-
-
 class StageProgress:
     """The progress artifact of the task run that makes this object.
 
     `update` returns at once: a server that hangs must not keep the caller from watching its child. A thread of its own
-    sends the newest line, at most every `SECONDS_BETWEEN_UPDATES`.
+    sends the newest line, at most every `SECONDS_BETWEEN_UPDATES`; a line that completes the count does not wait.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._context = contextvars.copy_context()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._newest: ProgressLine | None = None
         self._waiting: ProgressLine | None = None
         self._sending: threading.Thread | None = None
@@ -149,29 +134,34 @@ class StageProgress:
 
     def update(self, line: ProgressLine) -> None:
         """Show ``line``, or a newer one if that comes before it is sent."""
-        with self._lock:
-            final = bool(line.total) and line.done >= line.total
-            early = not final and time.monotonic() - self._sent_at < SECONDS_BETWEEN_UPDATES
-            if self._broken or early or line == self._newest:
+        with self._changed:
+            if self._broken or line == self._newest:
                 return
             self._newest = self._waiting = line
+            self._changed.notify()
             if self._sending is None:
-                self._sent_at = time.monotonic()
-                self._sending = threading.Thread(
-                    target=self._context.run, args=(self._send,), name=_SENDER, daemon=True
-                )
+                # A copy, because the thread before may not have left its own quite yet.
+                run = self._context.copy().run
+                self._sending = threading.Thread(target=run, args=(self._send,), name=_SENDER, daemon=True)
                 self._sending.start()
 
     def _send(self) -> None:
         while True:
-            with self._lock:
-                line, self._waiting = self._waiting, None
-                if line is None:
+            with self._changed:
+                if self._waiting is None or self._broken:
                     self._sending = None
                     return
+                self._changed.wait_for(self._is_complete, self._sent_at + SECONDS_BETWEEN_UPDATES - time.monotonic())
+                line, self._waiting = self._waiting, None
+                self._sent_at = time.monotonic()
             with _never_fatal(f"the progress of {self._name}") as outcome:
                 self._show(line)
             self._broken = bool(outcome)
+
+    def _is_complete(self) -> bool:
+        """Whether nothing newer can come than what waits to be sent."""
+        line = self._waiting
+        return line is not None and bool(line.total) and line.done >= line.total
 
     def _show(self, line: ProgressLine) -> None:
         percent, words = round(100 * line.fraction, 1), progress_sentence(self._name, line)
@@ -231,36 +221,3 @@ def _image(stem: Path) -> str:
             data = base64.b64encode(path.read_bytes()).decode()
             return f"![{stem.name}](data:image/{kind};base64,{data})\n"
     return ""
-
-
-def _dvc_diff(root: Path, command: str, revision: str) -> str:
-    """Markdown of ``dvc params|metrics diff``, in a process of its own; empty where nothing differs."""
-    argv = [sys.executable, "-m", "dvc", command, "diff", revision]
-    found = subprocess.run(
-        [*argv, "--json"], cwd=root, capture_output=True, text=True, timeout=DIFF_SECONDS, check=False
-    )
-    if found.returncode:
-        _log().info("dvc %s diff says: %s", command, found.stderr.strip())
-        return ""
-    return diff_table(json.loads(found.stdout or "{}"))
-
-
-def diff_table(changes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Markdown table of DVC's JSON of changes (path → key → old, new, diff); empty for none.
-
-    >>> print(diff_table({"params.yaml": {"sft.steps": {"old": 480, "new": 240, "diff": -240}}}))
-    | file | key | before | now |
-    |---|---|---|---|
-    | params.yaml | sft.steps | 480 | 240 |
-    """
-    rows = [
-        f"| {path} | {key} | {_cell(change.get('old'))} | {_cell(change.get('new'))} |"
-        for path, keys in sorted(changes.items())
-        for key, change in sorted(keys.items())
-    ]
-    return "\n".join(["| file | key | before | now |", "|---|---|---|---|", *rows]) if rows else ""
-
-
-def _cell(value: Any) -> str:
-    text = "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -7,9 +7,11 @@ is out of date, and records results; Prefect runs, retries, shows and schedules.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import UUID
 
 import typer
 from prefect import flow, get_client
@@ -18,7 +20,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows import artifacts
-from flows.tasks import PrefectBackend, RunCancelled, make_runner
+from flows.tasks import CancelWatch, PrefectBackend, RunCancelled, make_runner, started
 from flows.terminal import bad_input, begin, listeners, on_terminal, run_folder
 from rlheals.errors import UserError
 from rlheals.orchestration.driver_lock import DriverLock, driver_lock
@@ -28,10 +30,10 @@ from rlheals.orchestration.pipeline import Pipeline
 from rlheals.orchestration.schedule import Row, Schedule
 from rlheals.orchestration.slots import Slots, Unlimited, parse_gpus
 from rlheals.params import PARAMS_FILE
-from rlheals.profile import current_profile, render, with_overrides, write_profile
+from rlheals.profile import current_profile, render, replace_text, with_overrides, write_profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from prefect.client.schemas.objects import State
 
@@ -73,26 +75,31 @@ def reproduce(
     root = Path.cwd()
     logs = run_folder(root)
     try:
-        with driver_lock(root, wait=wait, say=say) as lock:
+        places = _slots(jobs, gpus, everywhere=runner == "ray" or launcher is not None)
+        ready = make_runner(runner, address)
+        with (
+            driver_lock(root, wait=wait, say=say, check=CancelWatch().check) as lock,
+            _params_written(root / PARAMS_FILE, profile, overrides or [], say) as keep,
+        ):
             _take_over(lock)
-            _write_params(root, profile, overrides or [], say)
             pipeline = Pipeline(root, force=force, pull=pull)
             try:
                 nodes = pipeline.plan(targets or [], single_item=single_item)
                 launchers = {node.name: launcher_prefix(launcher or "", node.resources, node.name) for node in nodes}
-                slots = _slots(jobs, gpus, everywhere=runner == "ray" or launcher is not None)
-                slots.check(nodes)
-                with make_runner(runner, address) as task_runner:
+                places.check(nodes)
+                with started(ready, nodes) as task_runner:
+                    keep()
                     backend = PrefectBackend(task_runner, on_ray=runner == "ray")
                     rows = Schedule(
                         stages=pipeline,
                         nodes=nodes,
                         backend=backend,
-                        slots=slots,
+                        slots=places,
                         logs=logs,
                         listeners=listeners(nodes),
                         keep_going=keep_going,
                         launchers=launchers,
+                        limited_here="{timeout_minutes}" not in (launcher or ""),
                     ).run()
             finally:
                 pipeline.close()
@@ -107,24 +114,36 @@ def _take_over(lock: DriverLock) -> None:
     """Record this flow run as the holder, and mark the run of a killed driver as crashed: nobody else will."""
     with get_client(sync_client=True) as client:
         previous = lock.previous()
-        if previous is not None and previous.flow_run_id:
+        # A run that is tried again keeps its id. One that has ended in another way keeps its state, too.
+        if previous is not None and previous.flow_run_id not in ("", str(flow_run.get_id())):
             try:
-                client.set_flow_run_state(previous.flow_run_id, Crashed(message="its driver was killed"), force=True)
+                client.set_flow_run_state(UUID(previous.flow_run_id), Crashed(message="its driver was killed"))
             except Exception as error:
                 get_run_logger().info("the killed run %s is not known here: %s", previous.flow_run_id, error)
     lock.annotate(flow_run_id=str(flow_run.get_id()))
 
 
-def _write_params(root: Path, profile: str | None, overrides: Sequence[str], say: Callable[[str], None]) -> None:
+@contextmanager
+def _params_written(
+    path: Path, profile: str | None, overrides: Sequence[str], say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """Write params.yaml as asked for; put the old one back unless the function that is yielded has been called."""
     if profile is None and not overrides:
+        yield lambda: None
         return
-    path = root / PARAMS_FILE
     rendered = with_overrides(path, overrides) if profile is None else render(profile, overrides)
+    before = path.read_text() if path.is_file() else rendered.text
     backup = write_profile(rendered.text, path)
-    for note in rendered.notes:
-        say(note)
-    if backup:
-        say(f"params.yaml had been edited: its former content is in {backup}")
+    kept: list[bool] = []
+    try:
+        yield lambda: kept.append(True)
+    finally:
+        if not kept:
+            replace_text(before, path)
+        for note in rendered.notes if kept else []:
+            say(note)
+        if kept and backup:
+            say(f"params.yaml had been edited: its former content is in {backup}")
 
 
 def _slots(jobs: int | None, gpus: str | None, *, everywhere: bool) -> Slots:
@@ -139,12 +158,13 @@ def _conclude(root: Path, rows: list[Row], logs: Path) -> State[Any]:
     (logs / "verdicts.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     artifacts.verdict_table(rows)
     profile = current_profile(root / PARAMS_FILE)
-    if profile:
+    # Not an earlier report, when this run did not come that far.
+    drawn = profile is not None and any(row.name == f"report@{profile}" and row.verdict.good for row in rows)
+    if profile and drawn:
         artifacts.figures(profile, root)
     counts = {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
     summary = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
-    page = Path("reports") / (profile or "") / "index.html"
-    where = f"; report: {page}" if (root / page).is_file() else ""
+    where = f"; report: reports/{profile}/index.html" if drawn else ""
     good = all(row.verdict.good for row in rows)
     return (Completed if good else Failed)(message=f"{summary or 'dvc.yaml has no stages'}{where}")
 
@@ -205,7 +225,7 @@ def main(
 
 
 if __name__ == "__main__":
-    # Under its own name: what a module called __main__ defines cannot be sent to a Ray worker.
+    # Under its own name: Ray workers import what a flow refers to, and what __main__ defines cannot be imported.
     from flows.reproduce import app as command
 
     command(prog_name="python -m flows.reproduce")

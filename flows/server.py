@@ -56,7 +56,8 @@ def prefect_api(
         seconds: how long a temporary server may take to answer.
 
     Raises:
-        UserError: the configured server does not answer, or a temporary one does not start.
+        UserError: the configured server does not answer, or a temporary one does not start or would leave its log
+            outside a project.
     """
     from prefect.settings import get_current_settings
 
@@ -69,7 +70,7 @@ def prefect_api(
         with _use(DEFAULT_URL):
             yield Api(DEFAULT_URL, temporary=False)
     else:
-        with temporary_server(log or LOGS / f"server-{os.getpid()}.log", seconds) as url, _use(url):
+        with temporary_server(log or _log_file(), seconds) as url, _use(url):
             yield Api(url, temporary=True)
 
 
@@ -143,6 +144,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _log_file() -> Path:
+    """Where the output of a temporary server goes in the project folder, which this must be."""
+    if not Path(".dvc").is_dir():
+        raise UserError(
+            f"{Path.cwd()} is no DVC project (it has no folder .dvc); run the command in the project's folder."
+        )
+    return LOGS / f"server-{os.getpid()}.log"
 
 
 def _check(url: str) -> None:

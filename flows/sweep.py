@@ -1,13 +1,15 @@
 """Compare settings: ``python -m flows.sweep sft.learning_rate=1e-4,5e-4 seeds=[0],[1] --profile smoke -j 2``.
 
 Every combination becomes a DVC experiment, run in a clone of the repository, one Prefect task each. The workspace is
-only read. The comparison is written to ``reports/sweeps/<name>/table.csv``; `dvc exp show`, `dvc exp apply NAME` and
-`dvc exp branch NAME` work on the experiments as on any other.
+only read. Inside an experiment plain `dvc repro` runs the stages: one at a time, without the time limits and retries of
+dvc.yaml's `meta`. The comparison is written to ``reports/sweeps/<name>/table.csv``; `dvc exp show`, `dvc exp apply
+NAME` and `dvc exp branch NAME` work on the experiments as on any other.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,8 @@ from rlheals.orchestration.sweep import Experiments, Sweep, plan_sweep, sweep_lo
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
+    from rlheals.orchestration.job import Node
+
 
 @flow(name="sweep", persist_result=False)
 def sweep(
@@ -47,20 +51,28 @@ def sweep(
         targets: stages to bring up to date in each experiment; nothing means all.
         jobs: experiments at a time; nothing means one, or one for each GPU.
         gpus: GPUs to share out evenly, for example `0,1`; `none`; or `auto` for all that are visible.
-        name: of the sweep; nothing means one made from the grid.
+        name: of the sweep, whose earlier tables are overwritten; nothing means one made from the grid.
         force: run everything again, even what is there.
     """
     begin()
     root = Path.cwd()
-    try:
-        plan = plan_sweep(root, grid, profile=profile, targets=targets or [], name=name)
-        with sweep_lock(root):
-            rows = _run(plan, slots_for(jobs, parse_gpus(gpus)), force=force)
-            return _conclude(plan, rows)
-    except UserError as error:
-        return bad_input(error)
-    except RunCancelled:
-        return Cancelled(message="cancelled; the experiments that had finished are kept")
+    with ExitStack() as stack:
+        try:
+            plan = plan_sweep(root, grid, profile=profile, targets=targets or [], name=name)
+            experiments = Experiments(plan, force=force)
+            slots = slots_for(jobs, parse_gpus(gpus))
+            nodes = experiments.nodes(len(slots.gpus) // (slots.jobs or 1))
+            slots.check(nodes)
+            stack.enter_context(sweep_lock(root))
+        except UserError as error:
+            return bad_input(error)
+        try:
+            return _conclude(plan, _run(plan, experiments, nodes, slots))
+        except UserError as error:
+            # Not bad input: experiments have run, and those that are done are kept.
+            return Failed(message=f"the sweep could not be concluded: {error} Run the same command again to go on.")
+        except RunCancelled:
+            return Cancelled(message="cancelled; the experiments that had finished are kept")
 
 
 def slots_for(jobs: int | None, gpus: tuple[str, ...]) -> Slots:
@@ -80,10 +92,7 @@ def slots_for(jobs: int | None, gpus: tuple[str, ...]) -> Slots:
     return Slots(jobs=places, cpus=places, memory_gib=math.inf, gpus=gpus)
 
 
-def _run(plan: Sweep, slots: Slots, *, force: bool) -> list[Row]:
-    experiments = Experiments(plan, force=force)
-    nodes = experiments.nodes(len(slots.gpus) // (slots.jobs or 1))
-    slots.check(nodes)
+def _run(plan: Sweep, experiments: Experiments, nodes: list[Node], slots: Slots) -> list[Row]:
     with make_runner("thread", None) as runner:
         return Schedule(
             stages=experiments,

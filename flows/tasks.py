@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
@@ -19,9 +19,10 @@ from flows.artifacts import StageProgress
 from rlheals.errors import EXIT_BAD_INPUT, UserError
 from rlheals.orchestration.execute import clear_outputs, execute, stop_all
 from rlheals.orchestration.job import Job, JobResult, Node, Verdict
+from rlheals.orchestration.slots import GIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from prefect.client.schemas.objects import State
     from prefect.task_runners import TaskRunner
@@ -77,7 +78,7 @@ def make_runner(runner: Runner, address: str | None) -> TaskRunner[Any]:
 
     Args:
         runner: ``thread`` or ``ray``.
-        address: of a Ray cluster, for example ``auto``; None starts one on this machine.
+        address: of a Ray cluster, for example ``auto`` for the one this machine belongs to; None starts one here.
 
     Raises:
         UserError: Ray is not installed, or an address was given for threads.
@@ -90,8 +91,74 @@ def make_runner(runner: Runner, address: str | None) -> TaskRunner[Any]:
         from prefect_ray import RayTaskRunner
     except ImportError as error:
         raise UserError("--runner ray needs the ray extra; install it with `pip install 'rlheals[ray]'`.") from error
-    ray: TaskRunner[Any] = RayTaskRunner(address=address)
+    # Not its own argument: it takes "auto" and None for the same.
+    ray: TaskRunner[Any] = RayTaskRunner(init_kwargs={"address": address or "local"})
     return ray
+
+
+@contextmanager
+def started(runner: TaskRunner[Any], nodes: Sequence[Node]) -> Iterator[TaskRunner[Any]]:
+    """Start a task runner and, of a Ray cluster, check that it has a place for every stage.
+
+    Raises:
+        UserError: no cluster answers at the address, or none of its machines is large enough for a stage.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(runner)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers: {' '.join(str(error).split())}") from error
+        if not isinstance(runner, ThreadPoolTaskRunner):
+            import ray
+
+            machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+            check_places(nodes, [machine["Resources"] for machine in machines if machine["Alive"]])
+        yield runner
+
+
+def check_places(nodes: Sequence[Node], machines: Sequence[Mapping[str, float]]) -> None:
+    """Refuse stages that no machine of a Ray cluster could ever take; they would wait without a word.
+
+    Args:
+        nodes: the plan.
+        machines: resources of each machine as Ray counts them (``CPU``, ``GPU``, ``memory`` in bytes).
+
+    Raises:
+        UserError: the stage and what it reserves are named.
+    """
+    for node in nodes:
+        need = node.resources
+        wanted = {"CPU": need.cpus, "GPU": need.gpus, "memory": need.memory_gib * GIB}
+        if not any(all(machine.get(name, 0) >= amount for name, amount in wanted.items()) for machine in machines):
+            raise UserError(
+                f"stage {node.name} reserves {need.cpus} core(s), {need.gpus} GPU(s) and {need.memory_gib:g} GiB, and "
+                "no machine of the Ray cluster has that much; lower resources or compute.threads in params.yaml."
+            )
+
+
+class CancelWatch:
+    """Looks at the state of the current flow run, at most once in `CANCEL_POLL_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._client = get_client(sync_client=True)
+        self._polled = time.monotonic()
+
+    def check(self) -> None:
+        """Look, if it is time.
+
+        Raises:
+            RunCancelled: somebody is cancelling the run, and no runner may be there to do it.
+        """
+        if time.monotonic() - self._polled < CANCEL_POLL_SECONDS:
+            return
+        self._polled = time.monotonic()
+        try:
+            state = self._client.read_flow_run(UUID(flow_run.get_id())).state
+        except Exception as error:
+            logging.getLogger(__name__).debug("the flow run's state could not be read: %s", error)
+            return
+        if state is not None and (state.is_cancelling() or state.is_cancelled()):
+            raise RunCancelled
 
 
 class PrefectBackend:
@@ -102,7 +169,7 @@ class PrefectBackend:
         self._runner, self._on_ray = runner, on_ray
         self._runs: dict[str, Any] = {}
         self._client = get_client(sync_client=True)
-        self._polled = time.monotonic()
+        self.check = CancelWatch().check
 
     def submit(self, node: Node, job: Job, done: Callable[[str], None]) -> None:
         """Submit the job as one task run, with edges from the task runs of its upstream."""
@@ -138,23 +205,6 @@ class PrefectBackend:
         """Stop every child of this process; a cluster stops its tasks when this driver disconnects."""
         stop_all()
 
-    def check(self) -> None:
-        """Look at the flow run's state once a second.
-
-        Raises:
-            RunCancelled: somebody is cancelling the run, and no runner may be there to do it.
-        """
-        if time.monotonic() - self._polled < CANCEL_POLL_SECONDS:
-            return
-        self._polled = time.monotonic()
-        try:
-            state = self._client.read_flow_run(UUID(flow_run.get_id())).state
-        except Exception as error:
-            logging.getLogger(__name__).debug("the flow run's state could not be read: %s", error)
-            return
-        if state is not None and (state.is_cancelling() or state.is_cancelled()):
-            raise RunCancelled
-
     def _wait_for(self, node: Node) -> list[Any]:
         return [allow_failure(self._runs[name]) for name in node.upstream]
 
@@ -164,5 +214,6 @@ class PrefectBackend:
         from prefect_ray.context import remote_options
 
         needs = node.resources
-        memory = {"memory": int(needs.memory_gib * 2**30)} if needs.memory_gib else {}
-        return remote_options(num_cpus=needs.cpus, num_gpus=needs.gpus, **memory)
+        memory = {"memory": int(needs.memory_gib * GIB)} if needs.memory_gib else {}
+        # Retries are Prefect's: Ray's own would begin beside the outputs of the lost attempt.
+        return remote_options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=0, **memory)

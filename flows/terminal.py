@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import ExitStack
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,7 +22,6 @@ from rlheals.orchestration.execute import reset_stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from prefect.client.schemas.objects import State
 
@@ -136,4 +136,9 @@ def quiet_console() -> None:
     """Leave the terminal to the table: Prefect's log goes to its server, the stages' to their files."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, PrefectConsoleHandler):
-            handler.addFilter(lambda record: not record.name.startswith("prefect"))
+            handler.addFilter(lambda record: not _is_prefects(record))
+
+
+def _is_prefects(record: logging.LogRecord) -> bool:
+    """Whether a line went to one of Prefect's loggers, some of which are known only by where they are called."""
+    return record.name.startswith("prefect") or "prefect" in Path(record.pathname).parts

@@ -122,15 +122,25 @@ def write_profile(text: str, path: Path = PARAMS_FILE) -> Path | None:
         raise UserError(f"{path} cannot be written because the folder {path.parent} does not exist; create it first.")
     previous = path.read_text() if path.is_file() else ""
     edited = bool(previous) and previous != text and previous not in {render(name).text for name in preset_names()}
-    temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         if edited:
             backup = _free_backup(path.parent)
             backup.parent.mkdir(parents=True, exist_ok=True)
             backup.write_text(previous)
+    replace_text(text, path)
+    return backup if edited else None
+
+
+def replace_text(text: str, path: Path) -> None:
+    """Write ``text`` to ``path`` in one rename.
+
+    Raises:
+        UserError: the file could not be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
         temporary.write_text(text)
         temporary.replace(path)
-    return backup if edited else None
 
 
 def _free_backup(folder: Path) -> Path:

@@ -65,6 +65,13 @@ install_project() {
   install ".${rest:+[$rest]}"
 }
 
+compile_modules() {
+  # Where Python may not keep compiled modules, every stage would compile torch and transformers again: 5 s each.
+  [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || return 0
+  say "PYTHONDONTWRITEBYTECODE is set, so the modules are compiled once now (half a minute)."
+  "$venv_python" -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true # some packages ship files for other Pythons
+}
+
 prepare_dvc() {
   if [ ! -d .dvc ]; then
     if [ -e .git ]; then .venv/bin/dvc init --quiet; else .venv/bin/dvc init --quiet --no-scm; fi
@@ -78,6 +85,7 @@ prepare_dvc() {
 
 create_venv
 install_project
+compile_modules
 prepare_dvc
 touch .venv/.stamp
 say "ready: $("$venv_python" --version), $(have_uv && uv --version || "$venv_python" -m pip --version | cut -d' ' -f1-2)"

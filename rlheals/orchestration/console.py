@@ -53,32 +53,28 @@ STYLES = {
 
 
 @dataclass
-class Row:
+class StageLine:
     """One stage of the run.
 
     Attributes:
         name: the stage's address.
-        upstream: names of the stages it waits for.
         state: ``waiting``, ``running``, the verdict, or ``stopped`` where the run ended before one.
-        began: clock reading at the start of the newest attempt; None before it.
+        began: clock reading at its start; None for a stage that never ran.
         seconds: wall time, once settled.
         progress: newest line of the progress protocol.
         progress_at: clock reading when that line came.
         gpus: GPUs it holds while it runs.
-        attempt: 1 for the first; 0 before it.
         log: path of its log file; empty if it never ran.
         message: why it ended so, one line; may be empty.
     """
 
     name: str
-    upstream: tuple[str, ...] = ()
     state: str = WAITING
     began: float | None = None
     seconds: float | None = None
     progress: ProgressLine | None = None
     progress_at: float = 0.0
     gpus: tuple[str, ...] = ()
-    attempt: int = 0
     log: str = ""
     message: str = ""
 
@@ -99,27 +95,26 @@ class Row:
 class RunState:
     """The state of a run; rows stand in the order of the plan."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, StageLine] = field(default_factory=dict)
     began: float = 0.0
 
     def plan(self, nodes: Sequence[Node]) -> None:
         """Take up the stages of the plan, all waiting."""
-        self.rows = {node.name: Row(node.name, node.upstream) for node in nodes}
+        self.rows = {node.name: StageLine(node.name) for node in nodes}
 
-    def start(self, name: str, gpus: tuple[str, ...], log: str, now: float) -> Row:
-        """A stage starts, or starts again after a failed attempt."""
+    def start(self, name: str, gpus: tuple[str, ...], log: str, now: float) -> StageLine:
+        """A stage starts."""
         row = self.row(name)
-        row.state, row.gpus, row.log, row.began, row.progress = RUNNING, gpus, log, now, None
-        row.attempt += 1
+        row.state, row.gpus, row.log, row.began = RUNNING, gpus, log, now
         return row
 
-    def settle(self, name: str, verdict: Verdict, seconds: float, message: str) -> Row:
+    def settle(self, name: str, verdict: Verdict, seconds: float, message: str) -> StageLine:
         """A stage has its verdict."""
         row = self.row(name)
         row.state, row.seconds, row.message = verdict, seconds, " ".join(message.split())
         return row
 
-    def report(self, name: str, line: ProgressLine, now: float) -> Row:
+    def report(self, name: str, line: ProgressLine, now: float) -> StageLine:
         """A running stage has told how far it is."""
         row = self.row(name)
         if row.progress != line:
@@ -134,16 +129,16 @@ class RunState:
             elif row.state == WAITING:
                 row.state = Verdict.NOT_STARTED
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> StageLine:
         """The row of a stage; made if the plan did not name it."""
-        return self.rows.setdefault(name, Row(name))
+        return self.rows.setdefault(name, StageLine(name))
 
     def counts(self) -> dict[str, int]:
         """How many rows are in each state, those that occur, verdicts first."""
         found = Counter(row.state for row in self.rows.values())
         return {state: found[state] for state in (*Verdict, STOPPED, RUNNING, WAITING) if found[state]}
 
-    def shown(self, limit: int) -> list[Row]:
+    def shown(self, limit: int) -> list[StageLine]:
         """At most ``limit`` rows in the order of the plan; running and failed ones are kept longest."""
         rank = {Verdict.FAILED: 0, RUNNING: 0, WAITING: 1, Verdict.COMPLETED: 2}
         places = sorted(enumerate(self.rows.values()), key=lambda item: (rank.get(item[1].state, 3), item[0]))
@@ -188,7 +183,7 @@ class Board:
         self.close()
 
     @property
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> dict[str, StageLine]:
         """The stages of the plan; empty before `planned`."""
         return self.state.rows
 
@@ -199,19 +194,18 @@ class Board:
         self._line(f"{len(nodes)} stages to look at")
 
     def started(self, name: str, gpus: Sequence[str], log: str) -> None:
-        """A stage starts on these GPUs and writes to ``log``; a second call is its next attempt."""
+        """A stage starts on these GPUs and writes to ``log``."""
         with self._lock:
-            row = self.state.start(name, tuple(gpus), log, self._clock())
+            self.state.start(name, tuple(gpus), log, self._clock())
             self._told[name] = self._clock()
-        again = f", attempt {row.attempt}" if row.attempt > 1 else ""
         where = f" on GPU {', '.join(gpus)}" if gpus else ""
-        self._line(f"{name}: started{where}{again}, log {log}")
+        self._line(f"{name}: started{where}, log {log}")
 
     def settled(self, name: str, verdict: Verdict, seconds: float, message: str = "") -> None:
         """A stage has its verdict after ``seconds`` of wall time."""
         with self._lock:
             row = self.state.settle(name, verdict, seconds, message)
-        took = f" in {duration(seconds)}" if row.attempt else ""
+        took = "" if row.began is None else f" in {duration(seconds)}"
         self._line(f"{name}: {verdict}{took}" + (f" ({row.message})" if row.message else ""))
 
     def tick(self, progress: Mapping[str, ProgressLine]) -> None:
@@ -283,10 +277,8 @@ def summary(state: RunState, now: float) -> RenderableType:
     table.add_column("verdict", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     for row in state.rows.values():
-        spent = row.elapsed(now)
-        table.add_row(
-            Text(row.name), Text(row.state, style=STYLES[row.state]), duration(spent) if spent and row.attempt else ""
-        )
+        spent = None if row.began is None else row.elapsed(now)
+        table.add_row(Text(row.name), Text(row.state, style=STYLES[row.state]), duration(spent) if spent else "")
     return Group(table, Text(f"{count_words(state)}; {duration(now - state.began)}"))
 
 
@@ -318,11 +310,11 @@ def last_line(log: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def progress_words(row: Row, now: float) -> str:
+def progress_words(row: StageLine, now: float) -> str:
     """How far a running stage is, in words.
 
     >>> from rlheals.orchestration.job import ProgressLine
-    >>> progress_words(Row("sft", progress=ProgressLine("sft", 120, 480, note="loss 0.31", eta=61)), 0.0)
+    >>> progress_words(StageLine("sft", progress=ProgressLine("sft", 120, 480, note="loss 0.31", eta=61)), 0.0)
     '120/480 steps, 25 %, 1 min 01 s left, loss 0.31'
     """
     line = row.progress
@@ -342,7 +334,7 @@ def progress_words(row: Row, now: float) -> str:
 def count_words(state: RunState) -> str:
     """How many stages are in each state.
 
-    >>> count_words(RunState({"a": Row("a"), "b": Row("b", state=Verdict.CACHED), "c": Row("c")}))
+    >>> count_words(RunState({"a": StageLine("a"), "b": StageLine("b", state=Verdict.CACHED), "c": StageLine("c")}))
     '1 Cached, 2 waiting'
     """
     return ", ".join(f"{count} {state}" for state, count in state.counts().items())
@@ -364,13 +356,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _state_words(row: Row) -> str:
-    attempt = f" #{row.attempt}" if row.attempt > 1 and row.state == RUNNING else ""
+def _state_words(row: StageLine) -> str:
     gpus = f" gpu {','.join(row.gpus)}" if row.gpus and row.state == RUNNING else ""
-    return f"{row.state}{attempt}{gpus}"
+    return f"{row.state}{gpus}"
 
 
-def _bar(row: Row) -> RenderableType:
+def _bar(row: StageLine) -> RenderableType:
     line = row.progress
     if row.state != RUNNING:
         return Text(row.message, style=STYLES[row.state], overflow="ellipsis")

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import getpass
 import json
+import logging
 import os
 import shlex
 import socket
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 LOCK = Path(".dvc/tmp/rlheals-driver.lock")
 RECORD = LOCK.with_suffix(".json")
 POLL_SECONDS = 1.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Holder:
         user: login name.
         since: local time with its offset, ISO 8601.
         command: the command line.
-        flow_run_id: id of its Prefect flow run; empty until it has one.
+        flow_run_id: id of its Prefect flow run; until it has one, that of a dead run whose record it found, or empty.
     """
 
     pid: int
@@ -68,8 +70,9 @@ class DriverLock:
     def __init__(self, root: Path, previous: Holder | None) -> None:
         self._record = root / RECORD
         self._previous = previous
-        self._holder = Holder.this_process()
-        self._write()
+        # Killed before it is annotated, this run must not be the one that loses sight of the dead one.
+        self._holder = replace(Holder.this_process(), flow_run_id=previous.flow_run_id if previous else "")
+        self._write(self._holder)
 
     def previous(self) -> Holder | None:
         """The run that died with the lock in hand (killed, or its machine went down); None after an orderly end."""
@@ -78,17 +81,31 @@ class DriverLock:
     def annotate(self, *, flow_run_id: str) -> None:
         """Add the id of this run's Prefect flow run to the record."""
         self._holder = replace(self._holder, flow_run_id=flow_run_id)
-        self._write()
+        self._write(self._holder)
 
-    def _write(self) -> None:
+    def end(self, *, hand_back: bool) -> None:
+        """Remove the record, or put that of the dead run back."""
+        if hand_back and self._previous is not None:
+            self._write(self._previous)
+        else:
+            self._record.unlink(missing_ok=True)
+
+    def _write(self, holder: Holder) -> None:
         partial = self._record.with_suffix(".partial")
         with disk_errors(self._record):
-            partial.write_text(json.dumps(asdict(self._holder), indent=1) + "\n")
+            partial.write_text(json.dumps(asdict(holder), indent=1) + "\n")
             partial.replace(self._record)
 
 
 @contextmanager
-def driver_lock(root: Path, wait: bool = False, say: Callable[[str], None] = print) -> Iterator[DriverLock]:
+def driver_lock(
+    root: Path,
+    wait: bool = False,
+    say: Callable[[str], None] = print,
+    *,
+    check: Callable[[], None] | None = None,
+    hand_back: bool = False,
+) -> Iterator[DriverLock]:
     """Hold the project's driver lock: DVC's own locks are not made for two processes that drive one workspace.
 
     The lock is ``flock`` on `LOCK`, so a killed holder frees it. On NFS, Linux carries it to the server and it holds
@@ -98,6 +115,9 @@ def driver_lock(root: Path, wait: bool = False, say: Callable[[str], None] = pri
         root: project folder, the one with ``.dvc`` in it.
         wait: wait for another holder to end instead of raising.
         say: receives a sentence for the user: who is waited for, and which dead run left its record.
+        check: called every `POLL_SECONDS` while waiting; what it raises ends the wait, for example because the run was
+            cancelled.
+        hand_back: leave the record of a dead run for the next holder, who can do something about its flow run.
 
     Raises:
         UserError: another run holds the lock (named with its pid, host, start and command) and ``wait`` is false,
@@ -106,15 +126,16 @@ def driver_lock(root: Path, wait: bool = False, say: Callable[[str], None] = pri
     root = root.resolve()
     descriptor = _open(root)
     try:
-        _acquire(descriptor, root, wait, say)
+        _acquire(descriptor, root, wait, say, check)
         previous = _read(root)
         if previous is not None:
             say(f"an earlier run ended without tidying up: {previous}; its lock is free, so it is taken as dead.")
+        lock = DriverLock(root, previous)
         try:
-            yield DriverLock(root, previous)
+            yield lock
         finally:
             # Before the lock is free: a record that is found later means a holder that died.
-            (root / RECORD).unlink(missing_ok=True)
+            lock.end(hand_back=hand_back)
     finally:
         os.close(descriptor)
 
@@ -128,7 +149,27 @@ def _open(root: Path) -> int:
         return os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
-def _acquire(descriptor: int, root: Path, wait: bool, say: Callable[[str], None]) -> None:
+def mend_marks(tmp_dir: Path) -> None:
+    """Remove DVC's file of marks when a killed process has left it cut short: DVC would refuse every command.
+
+    It is written under DVC's lock of the workspace. Hold that, or know that no DVC runs there.
+
+    Args:
+        tmp_dir: the workspace's ``.dvc/tmp``.
+    """
+    marks = tmp_dir / "rwlock"
+    try:
+        json.loads(marks.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError:
+        logger.warning("%s was cut short by a process that was killed; it was removed.", marks)
+        marks.unlink()
+
+
+def _acquire(
+    descriptor: int, root: Path, wait: bool, say: Callable[[str], None], check: Callable[[], None] | None
+) -> None:
     waited_for: Holder | None = None
     told = False
     while not _try_lock(descriptor, root):
@@ -138,6 +179,8 @@ def _acquire(descriptor: int, root: Path, wait: bool, say: Callable[[str], None]
         if not told or holder not in (None, waited_for):
             say(f"waiting for another run to end: {holder or 'it is just starting'}.")
             told, waited_for = True, holder
+        if check is not None:
+            check()
         time.sleep(POLL_SECONDS)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlheals.errors import UserError, disk_errors
-from rlheals.orchestration.guard import EXTRA, GRACE, Guarded
+from rlheals.orchestration.guard import EXTRA, GRACE, SLACK, Guarded
 from rlheals.orchestration.job import Job, JobResult, ProgressLine
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ _REPORT_EVERY = 1.0
 _CHUNK = 1 << 14
 _LONGEST_LINE = 1 << 16
 _PROGRESS_TAIL = 1 << 14
+
+
+LAUNCHED_GRACE = 10.0
+"""Seconds a launcher gets to end what it has started on another machine before it is killed."""
 
 
 class _Registry:
@@ -191,6 +195,7 @@ class _Attempt:
         self._forced = False
         self._last_line = ""
         self._stopped = self._timed_out = False
+        self._grace = LAUNCHED_GRACE if job.launcher else GRACE
 
     def run(self) -> JobResult:
         """Run the commands up to the first that fails."""
@@ -236,7 +241,13 @@ class _Attempt:
             # Under the lock, so that `stop_all` either sees the job or is seen by it.
             with _registry.lock:
                 guarded = Guarded(
-                    command, cwd=self._job.cwd, environment=self._environment, output=theirs, extra=extra, limit=limit
+                    command,
+                    cwd=self._job.cwd,
+                    environment=self._environment,
+                    output=theirs,
+                    extra=extra,
+                    limit=limit,
+                    grace=self._grace,
                 )
                 _registry.running.add(guarded)
         except BaseException:
@@ -287,7 +298,7 @@ class _Attempt:
 
     def _end(self, guarded: Guarded, why: str, *, stopped: bool = False, timed_out: bool = False) -> None:
         self._stopped, self._timed_out = stopped, timed_out
-        self._force_at = time.monotonic() + GRACE + 0.3
+        self._force_at = time.monotonic() + self._grace + SLACK
         guarded.terminate()
         message = f"{self._job.name} {why}"
         self._write(f"{message}\n")

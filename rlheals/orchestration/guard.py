@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 GRACE = 1.0
 """Seconds between asking (SIGTERM) and killing (SIGKILL)."""
+SLACK = 0.3
+"""Seconds more that a caller gives the guard before it helps."""
 LINGER = 0.5
 """Seconds that what a finished command left running has to end by itself."""
 MARK = "RLHEALS_GUARDED"
@@ -127,6 +129,7 @@ class Guarded:
         output: int,
         extra: int | None = None,
         limit: float = math.inf,
+        grace: float = GRACE,
     ) -> None:
         """Start ``command``.
 
@@ -137,16 +140,18 @@ class Guarded:
             output: descriptor that gets its standard output and standard error.
             extra: descriptor that the command gets as number `EXTRA`.
             limit: seconds after which it is ended, whatever its caller is busy with.
+            grace: seconds between asking it to end and killing it.
 
         Raises:
             OSError: the guard cannot be started, for example because ``cwd`` does not exist.
         """
         import subprocess
 
+        self._grace = grace
         self._mark = f"{os.getpid()}-{time.monotonic_ns()}-{id(self)}"
         self._alive, alive = socket.socketpair()
         self._verdict: int | None = None
-        arguments = map(str, (alive.fileno(), os.getpid(), -1 if extra is None else extra, limit))
+        arguments = map(str, (alive.fileno(), os.getpid(), -1 if extra is None else extra, limit, grace))
         try:
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, "-I", "-S", _PROGRAM, *arguments, *command],
@@ -187,15 +192,15 @@ class Guarded:
         return self._verdict if self._verdict is not None else self.process.returncode or -signal.SIGKILL
 
     def terminate(self) -> None:
-        """Ask it to end; returns at once. The guard kills after `GRACE` seconds what is still there."""
+        """Ask it to end; returns at once. The guard kills after the grace what is still there."""
         self.process.terminate()
 
-    def stop(self, grace: float = GRACE + 0.3) -> int:
-        """End it, by asking and after ``grace`` seconds by force, and return its exit code as `returncode` does."""
+    def stop(self) -> int:
+        """End it, by asking and after the grace by force, and return its exit code as `returncode` does."""
         try:
             if self.process.poll() is None:
                 self.terminate()
-                self._wait(grace)
+                self._wait(self._grace + SLACK)
         finally:
             self.kill()
         code = self.returncode
@@ -252,7 +257,7 @@ class _Guard:
         for descriptor in (self._wake, *self._lifelines):
             self._poll.register(descriptor, select.POLLIN)
 
-    def run(self, command: list[str], extra: int, limit: float) -> int:
+    def run(self, command: list[str], extra: int, limit: float, grace: float) -> int:
         """Start the command, see it and all its descendants to their end, and return its exit code as `returncode`."""
         if self.abandoned:
             return -signal.SIGKILL
@@ -260,7 +265,7 @@ class _Guard:
         self._wait(child, limit, lambda: self.stopping or self.status is not None)
         if not self.stopping and self.status is not None:
             self._wait(child, LINGER, lambda: self.stopping)
-        self._ask(child)
+        self._ask(child, grace)
         pause = 0.002
         while self._reap(child):
             kill_below(os.getpid())
@@ -268,9 +273,9 @@ class _Guard:
             pause = min(2 * pause, 0.2)
         return os.waitstatus_to_exitcode(self.status or 0)
 
-    def _ask(self, child: int) -> None:
+    def _ask(self, child: int, grace: float) -> None:
         told: set[int] = set()
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + grace
         while not self.abandoned and self._reap(child) and (left := end - time.monotonic()) > 0:
             for pid in set(descendants(os.getpid())) - told:
                 told.add(pid)
@@ -338,12 +343,12 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl failed")
 
 
-def _main(alive: int, parent: int, extra: int, limit: float, command: list[str]) -> NoReturn:
-    code = _Guard(alive, parent).run(command, extra, limit)
+def _main(alive: int, parent: int, extra: int, limit: float, grace: float, command: list[str]) -> NoReturn:
+    code = _Guard(alive, parent).run(command, extra, limit, grace)
     with contextlib.suppress(OSError):
         os.write(alive, b"%d" % code)
     os._exit(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:])
+    _main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]), sys.argv[6:])

@@ -80,13 +80,11 @@ class Node:
         name: DVC's address, for example ``sft@mini-tiny-0``.
         upstream: names of the stages it waits for, all in the same plan.
         resources: what it needs while it runs.
-        description: DVC's ``desc``.
     """
 
     name: str
     upstream: tuple[str, ...]
     resources: Resources
-    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,9 @@ class Job:
         """The same job, seeing only these GPUs (indices or UUIDs, as CUDA_VISIBLE_DEVICES takes them)."""
         return replace(self, environment=self.environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)})
 
-    def launched_by(self, launcher: tuple[str, ...]) -> Job:
-        """The same job with a prefix for its commands."""
-        return replace(self, launcher=launcher)
+    def launched_by(self, launcher: tuple[str, ...], *, limited_here: bool = True) -> Job:
+        """The same job with a prefix for its commands, without a time limit where the launcher has taken that over."""
+        return replace(self, launcher=launcher, timeout=self.timeout if limited_here else None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The only module that touches DVC: its graph, its verdicts, and the two halves of running a stage.
+"""The driver's access to DVC: its graph, its verdicts, and the two halves of running a stage.
 
 DVC's own ``Stage.run`` locks, removes old outputs, tries the run cache, runs the command, hashes, caches and writes
 ``dvc.lock``. Here the part before the command (`Pipeline.begin`) and the part after it (`Pipeline.finish`) are apart,
@@ -11,8 +11,8 @@ with.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import sys
 from contextlib import ExitStack, chdir, contextmanager
 from importlib.metadata import version
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, disk_errors
+from rlheals.orchestration.driver_lock import mend_marks
 from rlheals.orchestration.job import Job, Node, Resources, Verdict
 
 if TYPE_CHECKING:
@@ -87,30 +88,35 @@ class Pipeline:
             UserError: dvc.yaml or params.yaml cannot be read, a target does not exist, or a ``meta`` is not usable.
         """
         with self._told("cannot plan"), self._locked():
-            self._mend_marks()
+            mend_marks(Path(self._repo.tmp_dir))
             graph, steps = self._steps(list(targets), single_item)
             self._stages = {stage.addressing: stage for stage in steps}
-            upstream = {
-                name: [other.addressing for other in graph.successors(stage)] if graph else []
-                for name, stage in self._stages.items()
-            }
+            upstream = {name: self._waits_for(graph, stage, single_item) for name, stage in self._stages.items()}
             if self._pull:
                 self._pull_run_cache()
-        self._upstream = {name: [self._stages[other] for other in others] for name, others in upstream.items()}
+        # Single items are judged by what lies there, as in DVC, whatever became of the stages before them.
+        judged_by = dict.fromkeys(upstream, ()) if single_item else upstream
+        self._upstream = {name: [self._stages[other] for other in others] for name, others in judged_by.items()}
         return [
-            Node(name, tuple(upstream[name]), Resources.of(name, stage.meta), stage.desc or "")
+            Node(name, tuple(upstream[name]), Resources.of(name, stage.meta if stage.cmd else None))
             for name, stage in self._stages.items()
         ]
 
     def _steps(self, targets: list[str], single_item: bool) -> tuple[Any, list[Any]]:
-        """DVC's graph, None for single items, and the stages to consider in order."""
+        """DVC's graph, and the stages to consider in order."""
         from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
         stages = collect_stages(self._repo, targets or ["dvc.yaml"])
-        if single_item:
-            return None, stages
         graph = get_active_graph(self._repo.index.graph)
-        return graph, plan_repro(graph, stages)
+        steps = plan_repro(graph, stages)
+        return graph, [stage for stage in steps if stage in stages] if single_item else steps
+
+    def _waits_for(self, graph: Any, stage: Any, single_item: bool) -> list[str]:
+        """Stages of the plan that have to be up to date first; of single items, however far upstream."""
+        import networkx as nx
+
+        before = nx.descendants(graph, stage) if single_item else graph.successors(stage)
+        return [other.addressing for other in before if other.addressing in self._stages]
 
     def settle(self, name: str) -> Verdict | None:
         """Bring a stage up to date without running its command, where that is possible.
@@ -157,7 +163,7 @@ class Pipeline:
             name=name,
             commands=tuple(tuple(_make_cmd(shell, command)) for command in _enforce_cmd_list(stage.cmd)),
             cwd=str(Path(stage.wdir).resolve()),
-            environment={"DVC_ROOT": str(self.root), "DVC_STAGE": name},
+            environment={"DVC_ROOT": str(self.root), "DVC_STAGE": name, "PATH": search_path()},
             outputs=tuple(out.fs_path for out in stage.outs if not out.persist),
             log=str(log),
             timeout=Resources.of(name, stage.meta).timeout,
@@ -191,15 +197,13 @@ class Pipeline:
     def abandon(self, name: str) -> None:
         """Free the locks of a stage whose command failed or was stopped; nothing is recorded."""
         if name in self._running:
-            with self._locked():
+            with self._told(name), self._locked():
                 self._release(name)
 
     def close(self) -> None:
         """Free everything that is still held and close DVC's databases."""
-        if self._running:
-            with self._locked():
-                for name in list(self._running):
-                    self._release(name)
+        for name in list(self._running):
+            self.abandon(name)
         self._repo.close()
 
     @contextmanager
@@ -215,28 +219,15 @@ class Pipeline:
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Turn DVC's exceptions into a `UserError` that keeps DVC's own words."""
+        """Turn DVC's exceptions into a `UserError` that keeps DVC's own words, and a full disk into one, too."""
         from dvc.exceptions import DvcException
 
         try:
-            yield
+            with disk_errors(self.root):
+                yield
         except DvcException as error:
             causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
             raise UserError(f"{what}: DVC says: {': '.join(' '.join(text.split()) for text in causes)}") from error
-
-    def _mend_marks(self) -> None:
-        """Remove DVC's file of marks when a killed process has left it cut short: DVC would refuse every command.
-
-        It is written under the lock that is held here, so nobody is writing it now.
-        """
-        marks = Path(self._repo.tmp_dir) / "rwlock"
-        try:
-            json.loads(marks.read_text())
-        except FileNotFoundError:
-            return
-        except ValueError:
-            logger.warning("%s was cut short by a process that was killed; it was removed.", marks)
-            marks.unlink()
 
     def _hold(self, name: str) -> None:
         """Mark the stage's inputs as read and its outputs as written for other DVC processes."""
@@ -259,11 +250,17 @@ class Pipeline:
 
     def _release(self, name: str) -> None:
         """Unmark; then mark again what the others still hold, for DVC counts one mark a process and path."""
+        from dvc.exceptions import DvcException
+
         self._inputs.pop(name, None)
-        self._running.pop(name).close()
-        for other in list(self._running):
-            self._running.pop(other).close()
-            self._hold(other)
+        try:
+            self._running.pop(name).close()
+            for other in list(self._running):
+                self._running.pop(other).close()
+                self._hold(other)
+        except DvcException as error:
+            # The marks only keep other DVC commands away; what was recorded stays recorded.
+            logger.warning("DVC's marks of %s could not be changed: %s", name, error)
 
     def _restore_inputs(self, name: str) -> list[str]:
         """Put back the recorded state of inputs that have changed since `begin`, and name them."""
@@ -278,7 +275,7 @@ class Pipeline:
     def _restore(self, stage: Any) -> Verdict | None:
         """Check the outputs out of the cache where a run with these inputs is known and its outputs can be had."""
         known = self._known_run(stage)
-        if known is None or (self._pull and not self._fetch(known)) or not known.outs_cached():
+        if known is None or not (known.outs_cached() or (self._pull and self._fetch(known) and known.outs_cached())):
             return None
         stage.remove_outs(ignore_remove=False, force=False)
         known.checkout()
@@ -357,6 +354,11 @@ class Pipeline:
                 self._repo.pull(inside or [dep.fs_path])
             except DvcException as error:
                 logger.info("%s could not be pulled: %s", dep.def_path, error)  # `begin` tells what is missing
+
+
+def search_path() -> str:
+    """PATH with this interpreter's folder first, so that `python` in dvc.yaml is the one that runs the driver."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def _in_run_cache(stage: Any) -> bool:

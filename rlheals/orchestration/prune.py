@@ -1,7 +1,8 @@
 """Find and remove what stages wrote for matrix items that params.yaml no longer declares.
 
 Only the current profile is looked at, and only what a record calls the output of a stage: an entry of ``dvc.lock``, or
-the manifest that `rlheals.publish` writes. DVC's cache is left alone, so an item that is declared again is restored.
+the manifest that `rlheals.publish` writes, that in a folder of a known stage (data/<profile>/<stage>/<model>/<seed>),
+because other commands publish too. DVC's cache is left alone, so an item that is declared again is restored.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError, disk_errors
-from rlheals.orchestration.driver_lock import driver_lock
+from rlheals.orchestration.driver_lock import driver_lock, mend_marks
 from rlheals.orchestration.pipeline import check_version
 from rlheals.params import PARAMS_FILE
 from rlheals.profile import current_profile
@@ -65,7 +66,7 @@ def remove_leftovers(root: Path, expected: list[Leftover], say: Callable[[str], 
     Raises:
         UserError: a driver or a DVC command is at work, or there is something else to remove by now.
     """
-    with driver_lock(root, say=say), _workspace(root) as workspace, workspace.reserved():
+    with driver_lock(root, say=say, hand_back=True), _workspace(root) as workspace, workspace.reserved():
         if workspace.leftovers() != expected:
             raise UserError("what there is to prune has changed meanwhile; run `rlheals prune` again to see it.")
         for leftover in expected:
@@ -121,24 +122,27 @@ class _Workspace:
 
         repo = self._repo
         hardlink = repo.config["core"].get("hardlink_lock", False)
-        with (
-            lock_repo(repo),
-            rwlock(repo.tmp_dir, repo.fs, "rlheals prune", [], [repo.root_dir], hardlink),
-            repo.scm_context(quiet=True),
-        ):
-            yield
+        with lock_repo(repo):
+            mend_marks(Path(repo.tmp_dir))
+            with (
+                rwlock(repo.tmp_dir, repo.fs, "rlheals prune", [], [repo.root_dir], hardlink),
+                repo.scm_context(quiet=True),
+            ):
+                yield
 
     def leftovers(self) -> list[Leftover]:
         stages = self._repo.index.stages
         names = {stage.name for stage in stages if Path(stage.path) == self._root / "dvc.yaml"}
         declared = [Path(out.fs_path) for stage in stages for out in stage.outs]
+        entries = self._lockfile().load().get("stages", {})
         found = [
             self._entry(name, outs, declared)
-            for name, entry in self._lockfile().load().get("stages", {}).items()
+            for name, entry in entries.items()
             if name not in names and self._is_ours(outs := entry.get("outs", []))
         ]
         listed = [self._root / path for leftover in found for path in leftover.paths]
-        orphans = [self._orphan(path) for path in _orphans(self._data, [*declared, *listed])]
+        groups = {name.split("@")[0] for name in (*names, *entries)}
+        orphans = [self._orphan(path) for path in _orphans(self._data, groups, [*declared, *listed])]
         return [*found, *orphans]
 
     def remove(self, leftover: Leftover) -> None:
@@ -207,20 +211,20 @@ class _Workspace:
         return f"no stage wrote {foreign[0]} in it; move that file away and prune again"
 
 
-def _orphans(folder: Path, known: list[Path]) -> Iterator[Path]:
-    """Published or half-published folders below ``folder`` that are none of ``known``; links are not followed."""
-    for child in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if child.is_symlink() or not child.is_dir():
+def _orphans(data: Path, groups: set[str], known: list[Path]) -> Iterator[Path]:
+    """Published or half-published folders <stage>/<model>/<seed> of ``data`` that are none of ``known``.
+
+    Only those of the stages ``groups``; links are not followed.
+    """
+    for path in sorted(data.glob("*/*/*")):
+        group, model = path.parents[1], path.parents[0]
+        if group.name not in groups or not path.is_dir() or any(part.is_symlink() for part in (group, model, path)):
             continue
-        if child.name.startswith("."):
-            target = child.with_name(child.name[1:].removesuffix(PARTIAL))
-            if child.name.endswith(PARTIAL) and not _overlaps(target, known):
-                yield child
-        elif not any(path == child or path in child.parents for path in known):
-            if not _manifest_files(child):
-                yield from _orphans(child, known)
-            elif not _overlaps(child, known):
-                yield child
+        hidden = path.name.startswith(".")
+        target = path.with_name(path.name[1:].removesuffix(PARTIAL)) if hidden else path
+        published = path.name.endswith(PARTIAL) if hidden else bool(_manifest_files(path))
+        if published and not _overlaps(target, known):
+            yield path
 
 
 def _overlaps(path: Path, others: Iterable[Path]) -> bool:

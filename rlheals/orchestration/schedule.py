@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,6 +66,7 @@ class Row:
         name: the stage.
         verdict: what became of it.
         seconds: wall time from its submission to its being recorded; 0 when nothing ran.
+        command_seconds: wall time of its command alone, in the last attempt.
         message: why, where there is something to say.
         log: path of its log, empty when nothing ran.
     """
@@ -74,6 +76,7 @@ class Row:
     seconds: float = 0.0
     message: str = ""
     log: str = ""
+    command_seconds: float = 0.0
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Schedule:
         listeners: who is told.
         keep_going: after a failure, go on with what does not depend on it; otherwise start nothing more.
         launchers: prefix of a stage's commands, where it has one.
+        limited_here: whether stages are stopped here at their time limit; not where a cluster does it.
     """
 
     stages: Stages
@@ -99,6 +103,7 @@ class Schedule:
     listeners: Sequence[Listener] = ()
     keep_going: bool = True
     launchers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    limited_here: bool = True
     rows: dict[str, Row] = field(default_factory=dict)
     _jobs: dict[str, tuple[Job, float]] = field(default_factory=dict)
     _must_run: set[str] = field(default_factory=set)
@@ -117,8 +122,12 @@ class Schedule:
                     self._wait()
         except BaseException:
             self.backend.stop()
+            # What had ended by then is worth recording; nothing may keep the rest from being freed.
+            with suppress(Exception):
+                self._drain()
             for name in list(self._jobs):
-                self.stages.abandon(name)
+                with suppress(Exception):
+                    self.stages.abandon(name)
             raise
         return [self.rows[node.name] for node in self.nodes]
 
@@ -154,9 +163,9 @@ class Schedule:
                 self._settle(node, Verdict.NOT_STARTED, "an earlier stage failed and --fail-fast was given")
                 return True
             return self._start(node)
-        except UserError as error:
+        except Exception as error:
             self.slots.give_back(node.name)
-            self._settle(node, Verdict.FAILED, str(error))
+            self._settle(node, Verdict.FAILED, _sentence(error))
             return True
 
     def _start(self, node: Node) -> bool:
@@ -164,8 +173,8 @@ class Schedule:
         if gpus is None:
             return False
         job = self.stages.begin(node.name, self.logs / f"{node.name}.log")
-        job = job.launched_by(self.launchers.get(node.name, ()))
-        job = job.on_gpus(gpus) if gpus else job
+        job = job.launched_by(self.launchers.get(node.name, ()), limited_here=self.limited_here)
+        job = job.on_gpus(gpus) if self.slots.hands_out_gpus else job
         self._jobs[node.name] = (job, time.monotonic())
         for listener in self.listeners:
             listener.started(node.name, gpus, job.log)
@@ -196,15 +205,15 @@ class Schedule:
                     message = f"{', '.join(edited)} changed while it ran, so it is out of date and runs again next time"
             else:
                 self.stages.abandon(name)
-        except UserError as error:
-            message = str(error)
+        except Exception as error:
+            message = _sentence(error)
         self.slots.give_back(name)
-        self._settle(node, verdict, message)
+        self._settle(node, verdict, message, result.seconds)
 
-    def _settle(self, node: Node, verdict: Verdict, message: str = "") -> None:
+    def _settle(self, node: Node, verdict: Verdict, message: str = "", command_seconds: float = 0.0) -> None:
         job, begun = self._jobs.pop(node.name, (None, 0.0))
         seconds = time.monotonic() - begun if job else 0.0
-        self.rows[node.name] = Row(node.name, verdict, seconds, message, job.log if job else "")
+        self.rows[node.name] = Row(node.name, verdict, seconds, message, job.log if job else "", command_seconds)
         self.backend.settled(node, verdict, message)
         for listener in self.listeners:
             listener.settled(node.name, verdict, seconds, message)
@@ -214,11 +223,16 @@ class Schedule:
 
     def _wait(self) -> None:
         """Wait a moment for a stage to end; show progress meanwhile."""
-        self.backend.check()
         found = {name: read_progress(job.progress) for name, (job, _) in self._jobs.items()}
         for listener in self.listeners:
             listener.tick({name: line for name, line in found.items() if line is not None})
         self._drain(POLL_SECONDS)
+        self.backend.check()
+
+
+def _sentence(error: Exception) -> str:
+    """What a stage's row says of an error: ours as they are, others (a file system, a library) with their kind."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def failure_sentence(node: Node, job: Job, result: JobResult) -> str:

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 from rlheals.errors import UserError
 from rlheals.orchestration.job import Node, Resources, machine_cpus
@@ -14,8 +16,13 @@ GIB = 2**30
 
 
 def machine_memory_gib() -> float:
-    """Main memory of this machine, in GiB."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    """Main memory this process may use, in GiB: the machine's, or less in a container."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        allowed = installed
+    return min(installed, allowed) / GIB
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -61,6 +68,8 @@ class Slots:
     memory_gib: float = field(default_factory=machine_memory_gib)
     gpus: tuple[str, ...] = ()
     _held: dict[str, tuple[Resources, tuple[str, ...]]] = field(default_factory=dict)
+    hands_out_gpus: ClassVar[bool] = True
+    """Whether a stage sees the GPUs it was given and no others; none when it reserves none."""
 
     def check(self, nodes: list[Node]) -> None:
         """Refuse a plan that could never finish here.
@@ -111,6 +120,8 @@ class Slots:
 @dataclass
 class Unlimited(Slots):
     """No local limit but ``jobs``: a cluster places the stages and chooses their GPUs."""
+
+    hands_out_gpus: ClassVar[bool] = False
 
     def check(self, nodes: list[Node]) -> None:
         """Nothing to refuse: what the cluster has is not known here."""

@@ -30,12 +30,13 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configobj import ConfigObj  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
 from rlheals.errors import UserError, disk_errors
+from rlheals.orchestration.driver_lock import mend_marks
 from rlheals.orchestration.grid import parse_grid
 from rlheals.orchestration.job import Job, Node, Resources, Verdict
+from rlheals.orchestration.pipeline import search_path
 from rlheals.params import PARAMS_FILE, load_params, parse_params
 from rlheals.profile import render, with_overrides
 
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 CLONES = Path("scratch/sweeps")
 NOT_INPUTS = ("params.yaml", "dvc.lock", "reports")
 """Tracked files whose uncommitted changes decide nothing: an experiment has its own, or makes them."""
+OWN = ("--git-dir=.git", "--work-tree=.")
+"""Named for a clone, because git would look for a repository in the folders above and find the workspace's."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def plan_sweep(
         grid: texts for `parse_grid`.
         profile: preset to start from; None starts from the workspace's params.yaml.
         targets: stages to bring up to date.
-        name: of the sweep; by default made from the grid's keys.
+        name: of the sweep; by default made from the grid's keys and a fingerprint of its experiments, so that another
+            sweep of the same keys does not overwrite its tables.
 
     Raises:
         UserError: a bad grid, a combination that params.yaml may not hold, or no usable git and DVC repository.
@@ -134,9 +138,10 @@ def plan_sweep(
         params = {key: value for key, value in leaves(raw) if _is_swept(key, assignment)}
         experiments.append(Experiment(label, assignment, text, params, label in done))
     _no_duplicates(experiments)
+    keys = [axis.key.rsplit(".", 1)[-1] for axis in axes]
     return Sweep(
         root=root,
-        name=name or "-".join(["sweep", *(axis.key.rsplit(".", 1)[-1] for axis in axes)]),
+        name=name or "-".join(["sweep", *keys, _digest(baseline, *(each.name for each in experiments))]),
         baseline=baseline,
         changes=changes,
         profile=str(raw["profile"]),
@@ -159,7 +164,13 @@ def _params(root: Path, profile: str | None, assignment: dict[str, str]) -> tupl
 
 def _fingerprint(raw: dict[str, Any], targets: Sequence[str], changes: bytes) -> str:
     """Six hexadecimal digits of everything but the commit that decides an experiment's outcome."""
-    content = json.dumps([raw, sorted(targets)], sort_keys=True, default=str).encode() + b"\0" + changes
+    content = json.dumps([raw, sorted(targets)], sort_keys=True, default=str)
+    return _digest(content, changes)
+
+
+def _digest(*parts: str | bytes) -> str:
+    """Six hexadecimal digits that tell different parts apart."""
+    content = b"\0".join(part.encode() if isinstance(part, str) else part for part in parts)
     return hashlib.sha256(content).hexdigest()[:6]
 
 
@@ -284,9 +295,13 @@ class Experiments:
         self._by_name = {experiment.name: experiment for experiment in sweep.experiments}
 
     def nodes(self, gpus: int = 0) -> list[Node]:
-        """The experiments as nodes that need ``gpus`` GPUs each; they limit the time of their stages themselves."""
+        """The experiments as nodes that need ``gpus`` GPUs each.
+
+        Inside an experiment plain ``dvc repro`` runs the stages, which knows no ``meta``: neither their time limits nor
+        their retries are enforced in a sweep.
+        """
         need = Resources(gpus=gpus)
-        return [Node(each.name, (), need, _written(each)) for each in self._sweep.experiments]
+        return [Node(each.name, (), need) for each in self._sweep.experiments]
 
     def launchers(self) -> dict[str, tuple[str, ...]]:
         """Prefix of each experiment's commands, which does nothing but make progress go to a file.
@@ -316,12 +331,11 @@ class Experiments:
         # Reports of some profiles are ignored by git, and an experiment without its metrics compares nothing.
         report = ("--include-untracked", f"reports/{self._sweep.profile}")
         save = ("exp", "save", "--force", "--name", name, "--message", f"sweep: {_written(experiment)}", *report)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         return Job(
             name=name,
             commands=((*dvc, "repro", *force, *self._sweep.targets), (*dvc, *save, *self._sweep.targets)),
             cwd=str(clone),
-            environment={"PATH": path, "DVC_NO_ANALYTICS": "1"},
+            environment={"PATH": search_path(), "DVC_NO_ANALYTICS": "1"},
             outputs=(),
             log=str(log),
         )
@@ -344,29 +358,48 @@ class Experiments:
 
 def _check_out(sweep: Sweep, clone: Path) -> None:
     """Bring ``clone`` to the state of the workspace, keeping what git ignores (data, scratch)."""
-    try:
-        # Named, because git would look for a repository in the folders above and find the workspace's.
-        _git(clone, "--git-dir=.git", "--work-tree=.", "reset", "--quiet", "--hard", sweep.baseline)
-    except UserError:
+    _unlock(clone)
+    if _is_usable(clone, sweep.baseline):
+        _git(clone, *OWN, "reset", "--quiet", "--hard", sweep.baseline)
+    else:
         shutil.rmtree(clone, ignore_errors=True)
         clone.parent.mkdir(parents=True, exist_ok=True)
         _git(sweep.root, "clone", "--quiet", "--local", "--no-tags", "--no-checkout", str(sweep.root), str(clone))
         _git(clone, "checkout", "--quiet", "--detach", sweep.baseline)
     if sweep.changes:
-        _git(clone, "apply", "--whitespace=nowarn", "-", data=sweep.changes)
+        # Into the index as well: only there are new files part of the experiment's commit, and of the next reset.
+        _git(clone, "apply", "--index", "--whitespace=nowarn", "-", data=sweep.changes)
     for key in ("user.name", "user.email"):
         value = _git(sweep.root, "config", "--default", "", "--get", key).decode().strip()
         if value:
             _git(clone, "config", key, value)
 
 
+def _unlock(clone: Path) -> None:
+    """Remove what a killed git or DVC left in a clone; nothing else works there, for the sweep's lock is held."""
+    for lock in (clone / ".git").rglob("*.lock"):  # no branch may be called so
+        lock.unlink()
+    mend_marks(clone / ".dvc/tmp")
+
+
+def _is_usable(clone: Path, baseline: str) -> bool:
+    """Whether git can read the clone's index and the commit; else it has to be made again."""
+    try:
+        _git(clone, *OWN, "ls-files")
+        _git(clone, *OWN, "cat-file", "-e", f"{baseline}^{{tree}}")
+    except (UserError, OSError):
+        return False
+    return True
+
+
 def _share_cache(sweep: Sweep, clone: Path) -> None:
     """Give the clone the workspace's own settings and its DVC cache."""
-    own = sweep.root / ".dvc/config.local"
-    settings = ConfigObj(str(own) if own.is_file() else None, list_values=False)
-    settings.setdefault("cache", {})["dir"] = sweep.cache
-    settings.filename = str(clone / ".dvc/config.local")
-    settings.write()
+    from dvc.config import Config, merge
+
+    own = Config(str(sweep.root / ".dvc")).load_one("local")
+    with Config(str(clone / ".dvc")).edit("local") as settings:
+        merge(settings, own)
+        settings["cache"]["dir"] = sweep.cache
 
 
 def _link_models(root: Path, clone: Path) -> None:

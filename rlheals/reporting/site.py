@@ -122,7 +122,8 @@ def _parameters(params: Params) -> str:
     text = StringIO()
     yaml = YAML()
     yaml.default_flow_style = None
-    yaml.dump(params.model_dump(mode="json", exclude_none=True), text)
+    # What the parallel driver reserves changes no number: a change of it must not make another page.
+    yaml.dump(params.model_dump(mode="json", exclude={"resources"}, exclude_none=True), text)
     return text.getvalue()
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from flows import artifacts
-from flows.artifacts import StageProgress, artifact_key, diff_table, report_page, wait_for_updates
+from flows.artifacts import StageProgress, artifact_key, report_page, wait_for_updates
 from rlheals.orchestration.job import ProgressLine, Verdict
 from rlheals.orchestration.schedule import Row
-from tests.orchestration.fixture import Workspace
 
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg' width='10' height='10'/>"
 
@@ -144,23 +143,36 @@ def test_an_unreadable_report_does_not_reach_the_run(tmp_path: Path, log: Log) -
     assert "cannot be shown" in log.lines[0]
 
 
-def test_progress_is_one_artifact_updated_at_most_every_two_seconds(
+def test_progress_is_one_artifact_that_gets_the_newest_line_when_its_time_has_come(
     made: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(artifacts, "SECONDS_BETWEEN_UPDATES", 1.0)
     progress = StageProgress("sft@m-0")
-    for second in range(10):
-        now = float(second)
-        progress.update(ProgressLine("sft", second, 10))
-        wait_for_updates()
-    for _ in range(3):
-        progress.update(ProgressLine("sft", 10, 10))
-        wait_for_updates()
-    assert [item.value for item in made] == [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
+    begun = time.monotonic()
+    progress.update(ProgressLine("sft", 0, 10))
+    wait_for_updates()
+    for done in (1, 2, 3):
+        progress.update(ProgressLine("sft", done, 10))
+    assert time.monotonic() - begun < 0.9, "the caller waited"
+    assert [item.value for item in made] == [0.0]
+    wait_for_updates()
+    assert time.monotonic() - begun > 0.9
+    assert [item.value for item in made] == [0.0, 30.0]
     assert made[0].key == "stage-sft-m-0"
-    assert {item.id for item in made[1:]} == {"artifact-1"}
-    assert made[-1].description == "sft@m-0: sft 10/10 steps"
+    assert made[1].id == "artifact-1"
+    assert made[1].description == "sft@m-0: sft 3/10 steps"
+
+
+def test_the_last_line_does_not_wait(made: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "SECONDS_BETWEEN_UPDATES", 600.0)
+    progress = StageProgress("sft")
+    progress.update(ProgressLine("sft", 0, 2))
+    wait_for_updates()
+    progress.update(ProgressLine("sft", 1, 2))  # waits, for ten minutes if it had to
+    for _ in range(3):
+        progress.update(ProgressLine("sft", 2, 2))
+        wait_for_updates()
+    assert [item.value for item in made] == [0.0, 100.0]
 
 
 def test_a_server_that_hangs_does_not_keep_the_caller(
@@ -179,31 +191,3 @@ def test_a_server_that_hangs_does_not_keep_the_caller(
     answer.set()
     wait_for_updates()
     assert [item.value for item in made] == [100.0], "only the newest line was to be sent after the wait"
-
-
-def test_a_table_of_changes_keeps_its_columns() -> None:
-    table = diff_table({"p.yaml": {"a": {"old": "x|y", "new": None}, "b": {"old": 1e-4, "new": [1, 2]}}})
-    assert table.splitlines()[2:] == ["| p.yaml | a | x\\|y |  |", "| p.yaml | b | 0.0001 | [1, 2] |"]
-    assert diff_table({}) == ""
-
-
-def test_changes_of_params_are_told_against_the_last_commit(
-    tmp_path: Path, made: list[SimpleNamespace], log: Log
-) -> None:
-    workspace = Workspace(tmp_path / "w")
-    workspace.commit()
-    artifacts.params_and_metrics_diff(workspace.folder)
-    assert made == []
-    workspace.params(lr=5)
-    artifacts.params_and_metrics_diff(workspace.folder)
-    (page,) = made
-    assert page.value == (
-        "## Parameters\n\n| file | key | before | now |\n|---|---|---|---|\n| params.yaml | lr | 1 | 5 |\n"
-    )
-    assert page.key == "changes"
-
-
-def test_a_folder_without_dvc_has_no_changes(tmp_path: Path, made: list[SimpleNamespace], log: Log) -> None:
-    artifacts.params_and_metrics_diff(tmp_path)
-    assert made == []
-    assert [line.split(" says:")[0] for line in log.lines] == ["dvc params diff", "dvc metrics diff"]

@@ -124,6 +124,20 @@ def test_a_configured_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         pytest.fail("there is no server")
 
 
+def test_no_log_is_left_in_a_folder_that_is_no_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(server, "DEFAULT_URL", f"http://127.0.0.1:{free_port()}/api")
+    monkeypatch.setattr(server, "server_command", lambda port: [sys.executable, "-S", "-c", "raise SystemExit(3)"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} is no DVC project"), prefect_api():
+        pytest.fail("there is no server")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".dvc").mkdir()
+    with pytest.raises(UserError, match="exit code 3"), prefect_api():
+        pytest.fail("there is no server")
+    assert [path.parent for path in tmp_path.rglob("*.log")] == [tmp_path / "scratch/runs"]
+
+
 def test_a_temporary_server_that_dies_is_told_with_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = [sys.executable, "-S", "-c", "raise SystemExit('no database')"]
     monkeypatch.setattr(server, "server_command", lambda port: command)

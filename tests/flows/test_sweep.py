@@ -14,8 +14,10 @@ import polars as pl
 import pytest
 
 import flows  # noqa: F401  (sets Prefect's environment before prefect is imported)
+from flows import sweep as module
 from flows.server import temporary_server
 from flows.sweep import slots_for
+from flows.terminal import tell
 from rlheals.errors import UserError
 from tests.orchestration.test_sweep import TRAIN, isolation, make_project, ran, shell, state
 
@@ -107,6 +109,23 @@ def test_bad_input_is_told_before_anything_runs(project):
     assert "did you mean sft.learning_rate" in printed
     assert "Traceback" not in printed
     assert not (project / "scratch/sweeps").exists()
+
+
+def test_only_what_is_told_before_anything_runs_is_bad_input(project, monkeypatch):
+    def refuse(*_):
+        raise UserError("reports/sweeps could not be written because the disk is full.")
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(module, "begin", lambda: print)
+    monkeypatch.setattr(module, "_run", lambda *_: [])
+    monkeypatch.setattr(module, "comparison", refuse)
+    late = module.sweep.fn(["sft.learning_rate=2e-4"])
+    assert (late.name, tell(late)) == ("Failed", 1)
+    assert "the disk is full" in late.message
+    early = module.sweep.fn(["sft.learning_rate=2e-4"], jobs=0)
+    assert (early.name, tell(early)) == ("BadInput", 2)
+    with module.sweep_lock(project):
+        assert module.sweep.fn(["sft.learning_rate=2e-4"]).name == "BadInput"
 
 
 @pytest.mark.fault

@@ -107,7 +107,7 @@ class Workspace:
         (folder / "stage.py").write_text(STAGE)
         (folder / "dvc.yaml").write_text(DVC_YAML)
         (folder / "input.txt").write_text("first\n")
-        (folder / ".gitignore").write_text("/scratch\n*.pid\nran.log\nbehaviour.json\n__pycache__\n")
+        (folder / ".gitignore").write_text("/scratch\n/out\n*.pid\nran.log\nbehaviour.json\n__pycache__\n")
         self.params(**params)
         self.behave()
         self.call("git", "init", "-q")

@@ -89,16 +89,6 @@ def test_a_log_tells_progress_at_most_every_half_minute() -> None:
     assert stream.getvalue().count("/120 steps") == 4
 
 
-def test_a_second_start_is_the_next_attempt() -> None:
-    board, stream = plain()
-    board.planned(nodes("sft"))
-    board.started("sft", (), "a.log")
-    board.tick({"sft": ProgressLine("sft", 3, 4)})
-    board.started("sft", (), "a.log")
-    assert "attempt 2" in stream.getvalue()
-    assert board.rows["sft"].progress is None
-
-
 def test_a_failure_is_told_with_its_last_line_and_log(tmp_path: Path) -> None:
     log = tmp_path / "sft.log"
     log.write_bytes(b"step 1\nValueError: \xff no [such] file\n\n  \n")

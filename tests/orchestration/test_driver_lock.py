@@ -19,7 +19,7 @@ import pytest
 
 from rlheals.errors import UserError
 from rlheals.orchestration import driver_lock as module
-from rlheals.orchestration.driver_lock import LOCK, RECORD, Holder, driver_lock
+from rlheals.orchestration.driver_lock import LOCK, RECORD, Holder, driver_lock, mend_marks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +110,53 @@ def test_waiting_says_so_once_and_ends_with_the_other(root, monkeypatch):
     assert 0.3 < waited < 10
     assert len(said) == 1
     assert said[0].startswith(f"waiting for another run to end: pid {process.pid} on ")
+
+
+def test_a_cancelled_run_stops_waiting(root, monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    polls = iter([None, None, ZeroDivisionError])
+
+    def check():
+        if (error := next(polls)) is not None:
+            raise error
+
+    with other_driver(root) as process:
+        waiting = driver_lock(root, wait=True, say=lambda _: None, check=check)
+        with pytest.raises(ZeroDivisionError), waiting:
+            pass
+        assert json.loads((root / RECORD).read_text())["pid"] == process.pid
+    assert next(polls, "called each time") == "called each time"
+
+
+def leave_dead(root):
+    """The record of a driver that was killed."""
+    dead = replace(Holder.this_process(), pid=4_000_000, flow_run_id="flow-1")
+    (root / LOCK).parent.mkdir(exist_ok=True)
+    (root / RECORD).write_text(json.dumps(vars(dead)))
+    return dead
+
+
+def test_a_dead_run_is_left_for_the_next_driver_by_one_that_only_tidies(root):
+    dead = leave_dead(root)
+    with driver_lock(root, say=lambda _: None, hand_back=True):
+        record = json.loads((root / RECORD).read_text())
+        assert (record["pid"], record["flow_run_id"]) == (os.getpid(), "flow-1"), "though it be killed itself"
+    with driver_lock(root, say=lambda _: None) as lock:
+        assert lock.previous() == dead
+        lock.annotate(flow_run_id="flow-2")
+    assert not (root / RECORD).exists()
+    with driver_lock(root, hand_back=True) as lock:
+        assert lock.previous() is None
+    assert not (root / RECORD).exists()
+
+
+@pytest.mark.parametrize(("content", "goes"), [('{"write": {"a": ', True), ("", True), ('{"write": {}}', False)])
+def test_marks_of_dvc_that_were_cut_short_go(tmp_path, caplog, content, goes):
+    mend_marks(tmp_path)
+    (tmp_path / "rwlock").write_text(content)
+    mend_marks(tmp_path)
+    assert (tmp_path / "rwlock").exists() is not goes
+    assert ("was cut short" in caplog.text) is goes
 
 
 @pytest.mark.fault

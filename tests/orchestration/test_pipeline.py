@@ -62,7 +62,6 @@ def test_the_plan_knows_matrix_items_subpaths_and_folders(workspace: Workspace) 
     assert nodes["train"].upstream == ("data",)
     assert nodes["ppo@3"].upstream == ("train",), "a dependency on a path inside an output"
     assert sorted(nodes["report"].upstream) == PLAN[2:6], "a dependency on a folder above outputs"
-    assert nodes["train"].description == "One folder with every rung."
     assert nodes["ppo@1"].resources.model_dump() == {
         "cpus": 1,
         "gpus": 0,
@@ -123,6 +122,34 @@ def test_one_more_item_runs_only_what_is_new(workspace: Workspace) -> None:
     run(workspace)
     assert workspace.ran() == ["train", "ppo@3", "report"]
     assert workspace.status() == {}
+
+
+def test_single_items_wait_for_each_other_and_are_judged_by_what_lies_there(workspace: Workspace) -> None:
+    pipeline = Pipeline(workspace.folder)
+    nodes = {node.name: node.upstream for node in pipeline.plan(["ppo@1", "data", "report"], single_item=True)}
+    assert list(nodes) == ["data", "ppo@1", "report"]
+    assert {name: set(before) for name, before in nodes.items()} == {
+        "data": set(),
+        "ppo@1": {"data"},
+        "report": {"data", "ppo@1"},
+    }
+    pipeline.close()
+    run(workspace)
+    workspace.params(lr=2)
+    pipeline = Pipeline(workspace.folder)
+    pipeline.plan(["report"], single_item=True)
+    assert pipeline.settle("report") is Verdict.CACHED, "train is out of date, its outputs are what they were"
+    pipeline.close()
+
+
+def test_pull_without_a_remote_still_uses_the_local_cache(workspace: Workspace) -> None:
+    run(workspace)
+    workspace.params(lr=2)
+    run(workspace)
+    workspace.ran()
+    workspace.params(lr=1)
+    assert run(workspace, ("ppo",), pull=True)["ppo@1"] is Verdict.RESTORED
+    assert workspace.ran() == []
 
 
 def test_force_runs_everything_again(workspace: Workspace) -> None:

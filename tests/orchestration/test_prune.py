@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from ruamel.yaml import YAML
 
 from rlheals.errors import UserError
-from rlheals.orchestration.driver_lock import driver_lock
+from rlheals.orchestration.driver_lock import RECORD, Holder, driver_lock
 from rlheals.orchestration.prune import Leftover, find_leftovers, remove_leftovers
 from rlheals.publish import publish
 
@@ -235,6 +236,39 @@ def test_a_published_folder_without_an_entry_goes_and_says_it_cannot_be_restored
     assert "work/lost/3  [not in DVC's cache: cannot be restored]" in out
     assert not (project / "data/mini/work/lost").exists()
     assert (project / "data/mini/work/tiny/.0.partial").exists(), "item 0 is declared: its stage tidies up"
+
+
+@pytest.mark.parametrize("place", ["eval", "eval/tiny/1", "work/mine", "work/tiny/0/mine", "work/tiny/1/2/3"])
+def test_what_another_command_published_stays(project, place):
+    declare(project, seeds=[0])
+    with publish(project / "data/mini" / place) as folder:
+        (folder / "answers.txt").write_text("mine")
+    call(project, "rlheals.cli", "prune", "--yes", code=2 if place.startswith("work/tiny/1") else 0)
+    assert (project / "data/mini" / place / "answers.txt").read_text() == "mine"
+
+
+def test_a_stage_that_only_the_lock_file_knows_has_orphans_too(project):
+    text = (project / "dvc.yaml").read_text()
+    with publish(project / "data/mini/work/lost/3") as folder:
+        (folder / "number.txt").write_text("lost 3")
+    (project / "dvc.yaml").write_text("stages:" + text[text.index("\n  total:") :])
+    assert "data/mini/work/lost/3" in [path for leftover in find_leftovers(project) for path in leftover.paths]
+
+
+def test_marks_that_a_killed_dvc_left_cut_short_do_not_stop_it(project):
+    declare(project, seeds=[0])
+    (project / ".dvc/tmp/rwlock").write_text('{"write": {')
+    remove_leftovers(project, find_leftovers(project))
+    assert not (project / "data/mini/work/tiny/1").exists()
+
+
+def test_a_killed_driver_is_still_known_afterwards(project):
+    declare(project, seeds=[0])
+    record = project / RECORD
+    dead = json.dumps(vars(replace(Holder.this_process(), pid=4_000_000, flow_run_id="flow-1")))
+    record.write_text(dead)
+    remove_leftovers(project, find_leftovers(project), say=lambda _: None)
+    assert json.loads(record.read_text()) == json.loads(dead)
 
 
 @pytest.mark.parametrize("published", [True, False])

@@ -166,6 +166,43 @@ def test_inputs_edited_meanwhile_are_told(tmp_path: Path) -> None:
     assert "input.txt changed while it ran" in world.shown["data"][1]
 
 
+def test_what_had_ended_before_a_cancel_is_recorded(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    def ended_and_cancelled() -> None:
+        name, done = world.running.popitem()
+        done(name)
+        raise KeyboardInterrupt
+
+    world.check = ended_and_cancelled  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        schedule(world).run()
+    assert ("finish", "data") in world.calls
+    assert ("abandon", "data") not in world.calls
+
+
+@pytest.mark.parametrize("call", ["settle", "begin", "finish"])
+def test_an_error_of_the_system_fails_one_stage_and_no_other(tmp_path: Path, call: str) -> None:
+    world = World(tmp_path)
+    original = getattr(world, call)
+
+    def broken(name: str, *rest: Any) -> Any:
+        if name == "a":
+            raise OSError(5, "Input/output error")
+        return original(name, *rest)
+
+    setattr(world, call, broken)
+    found = verdicts(world)
+    assert (found["a"], found["c"], found["report"]) == ("Failed", "Completed", "UpstreamFailed")
+    assert world.shown["a"][1].startswith("OSError: ")
+
+
+def test_a_cluster_that_keeps_the_time_is_left_to_it(tmp_path: Path) -> None:
+    job = Job("a", (("true",),), str(tmp_path), {}, (), "log", timeout=60)
+    assert job.launched_by(("srun",)).timeout == 60
+    assert job.launched_by(("srun",), limited_here=False).timeout is None
+
+
 def test_whatever_ends_the_run_stops_what_runs_and_frees_the_locks(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.check = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlheals.errors import UserError
+from rlheals.orchestration import sweep as module
 from rlheals.orchestration.comparison import comparison, differences, write_tables
 from rlheals.orchestration.execute import execute
 from rlheals.orchestration.grid import Axis, parse_grid
@@ -215,6 +216,18 @@ class TestPlan:
         (project / "train.sh").write_text(TRAIN.replace('"code\\": 1', '"code\\": 2'))
         assert name() != base
 
+    def test_a_sweep_without_a_name_gets_one_that_another_grid_does_not_get(self, project):
+        def name(grid="sft.learning_rate=1e-4,5e-4", **options):
+            return plan_sweep(project, [grid], **options).name
+
+        base = name()
+        assert re.fullmatch("sweep-learning_rate-[0-9a-f]{6}", base)
+        assert name() == base
+        others = {name("sft.learning_rate=1e-4,3e-4"), name(profile="smoke"), name(targets=["train"])}
+        shell(project, "git", "commit", "-q", "--allow-empty", "-m", "second")
+        assert len({base, *others, name()}) == 5
+        assert name(name="lr") == "lr"
+
     @pytest.mark.parametrize(
         ("grid", "words"),
         [
@@ -313,6 +326,67 @@ def test_a_stopped_experiment_goes_on_in_its_clone(project):
     (clone / ".git/HEAD").write_text("damaged")
     begin(sweep)
     assert not (clone / "scratch").exists()
+
+
+def test_a_file_that_is_only_staged_is_in_every_attempt_and_in_the_commit_of_the_experiment(project):
+    (project / "helper.sh").write_text("accuracy=0.25\n")
+    (project / "dropped").write_text("")
+    shell(project, "git", "add", "dropped")
+    shell(project, "git", "commit", "-q", "-m", "second")
+    shell(project, "git", "rm", "-q", "dropped")
+    (project / "train.sh").write_text(". ./helper.sh\n" + TRAIN.replace('\\": $2', '\\": $accuracy'))
+    shell(project, "git", "add", "helper.sh")
+    sweep = plan_sweep(project, ["sft.learning_rate=2e-4"], targets=["train"])
+    clone = Path(begin(sweep).cwd)
+    (clone / "scratch").mkdir()
+    (clone / "scratch/state").write_text("half done")
+    assert begin(sweep).cwd == str(clone)
+    assert (clone / "scratch/state").read_text() == "half done"
+    assert [row.verdict for row in run(sweep)] == [Verdict.COMPLETED]
+    (reference,) = shell(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    assert shell(project, "git", "show", f"{reference}:helper.sh") == "accuracy=0.25\n"
+    assert "dropped" not in shell(project, "git", "ls-tree", "--name-only", reference).split()
+
+
+def test_what_a_killed_git_and_dvc_leave_in_a_clone_does_not_cost_its_state(project):
+    sweep = plan_sweep(project, ["sft.learning_rate=2e-4"])
+    clone = Path(begin(sweep).cwd)
+    (clone / "scratch").mkdir()
+    (clone / "scratch/state").write_text("half done")
+    for lock in ("index.lock", "HEAD.lock"):
+        (clone / ".git" / lock).write_text("")
+    (clone / ".dvc/tmp").mkdir(exist_ok=True)
+    (clone / ".dvc/tmp/rwlock").write_text('{"write": {')
+    begin(sweep)
+    assert (clone / "scratch/state").read_text() == "half done"
+    assert [row.verdict for row in run(sweep)] == [Verdict.COMPLETED]
+
+
+def test_a_reset_that_fails_for_another_reason_is_told_and_keeps_the_clone(project, monkeypatch):
+    sweep = plan_sweep(project, ["sft.learning_rate=2e-4"])
+    clone = Path(begin(sweep).cwd)
+    (clone / "scratch").mkdir()
+    genuine = module._git
+
+    def full(folder, *arguments, **options):
+        if "reset" in arguments:
+            raise UserError("no space left on device")
+        return genuine(folder, *arguments, **options)
+
+    monkeypatch.setattr(module, "_git", full)
+    with pytest.raises(UserError, match="no space left"):
+        begin(sweep)
+    assert (clone / "scratch").is_dir()
+
+
+def test_the_clone_has_the_workspaces_own_settings_and_cache(project):
+    shell(project, sys.executable, "-m", "dvc", "remote", "add", "--local", "store", "../store")
+    shell(project, sys.executable, "-m", "dvc", "config", "--local", "core.autostage", "false")
+    clone = Path(begin(plan_sweep(project, ["sft.learning_rate=2e-4"])).cwd)
+    dvc = (sys.executable, "-m", "dvc")
+    assert shell(clone, *dvc, "cache", "dir").strip() == str(project / ".dvc/cache")
+    assert shell(clone, *dvc, "config", "core.autostage").strip() == "false"
+    assert shell(clone, *dvc, "remote", "list").split()[1] == str(project.parent / "store")
 
 
 def test_a_model_folder_in_the_workspace_is_seen_by_the_clone(project):
