@@ -320,8 +320,10 @@ def _start(command: list[str], extra: int) -> int:
     try:
         os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
-        for number in (*_ASKED_TO_STOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
+        # What is ignored stays so in the new program; a shell that starts the driver in the background ignores some.
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            if signal.getsignal(number) is not signal.SIG_DFL:
+                signal.signal(number, signal.SIG_DFL)
         if extra >= 0:
             os.set_inheritable(extra, False)
             # Given a number of its own first: a descriptor duplicated onto itself would stay closed to the command.
