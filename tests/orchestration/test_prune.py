@@ -21,16 +21,16 @@ from rlheals.publish import publish
 
 PIPELINE = """\
 stages:
-  work:
+  count:
     matrix: {profile: ["${profile}"], model: "${models}", seed: "${seeds}"}
-    cmd: PYTHON work.py ${item.profile} ${item.model} ${item.seed}
-    deps: [work.py]
-    outs: ["data/${item.profile}/work/${item.model}/${item.seed}"]
+    cmd: PYTHON count.py ${item.profile} ${item.model} ${item.seed}
+    deps: [count.py]
+    outs: ["data/${item.profile}/count/${item.model}/${item.seed}"]
   total:
     matrix: {profile: ["${profile}"]}
     cmd: PYTHON total.py
     params: [profile, models, seeds]
-    deps: ["data/${item.profile}/work", total.py]
+    deps: ["data/${item.profile}/count", total.py]
     outs:
       - reports/${item.profile}: {cache: false}
 """
@@ -40,7 +40,7 @@ from pathlib import Path
 from rlheals.publish import publish
 
 profile, model, seed = sys.argv[1:]
-with publish(Path("data", profile, "work", model, seed)) as folder:
+with publish(Path("data", profile, "count", model, seed)) as folder:
     (folder / "number.txt").write_text(f"{model} {seed}")
 with open("ran.txt", "a") as ran:
     ran.write(f"{profile}-{model}-{seed} ")
@@ -57,10 +57,10 @@ from rlheals.reporting.tables import Study
 
 params = SimpleNamespace(**YAML(typ="safe").load(Path("params.yaml").read_text()))
 try:
-    Study(params, Path()).check_runs("work")
+    Study(params, Path()).check_runs("count")
 except UserError as error:
     sys.exit(f"error: {error}")
-numbers = [path.read_text() for path in sorted(Path("data", params.profile, "work").rglob("number.txt"))]
+numbers = [path.read_text() for path in sorted(Path("data", params.profile, "count").rglob("number.txt"))]
 with publish(Path("reports", params.profile)) as folder:
     (folder / "total.txt").write_text("\\n".join(numbers))
 """
@@ -113,7 +113,7 @@ def pristine(tmp_path_factory):
     (folder / ".dvc/config").write_text("[cache]\n    type = hardlink,symlink\n")
     (folder / ".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
     (folder / "dvc.yaml").write_text(PIPELINE.replace("PYTHON", sys.executable))
-    (folder / "work.py").write_text(WORK)
+    (folder / "count.py").write_text(WORK)
     (folder / "total.py").write_text(TOTAL)
     declare(folder, "mini-confirm", seeds=[1])
     call(folder, "dvc", "repro", "-q")
@@ -142,16 +142,16 @@ def test_nothing_is_left_over_while_everything_is_declared(project):
 def test_a_shrunken_matrix_is_refused_pruned_and_comes_back(project):
     declare(project, seeds=[0])
     _, told = call(project, "dvc", "repro", code=255)
-    assert "work/tiny/1 is stale" in told
+    assert "count/tiny/1 is stale" in told
     assert "remove it with `rlheals prune`" in told
 
     before = entries(project)
     out, _ = call(project, "rlheals.cli", "prune", "--yes")
-    assert "data/mini/work/tiny/1 (work@mini-tiny-1 in dvc.lock)" in out
+    assert "data/mini/count/tiny/1 (count@mini-tiny-1 in dvc.lock)" in out
     assert "not in DVC's cache" not in out
-    assert entries(project) == before - {"work@mini-tiny-1"}
-    assert {path.name for path in (project / "data/mini/work/tiny").iterdir()} == {"0", ".gitignore"}
-    assert (project / "data/mini/work/tiny/.gitignore").read_text() == "/0\n"
+    assert entries(project) == before - {"count@mini-tiny-1"}
+    assert {path.name for path in (project / "data/mini/count/tiny").iterdir()} == {"0", ".gitignore"}
+    assert (project / "data/mini/count/tiny/.gitignore").read_text() == "/0\n"
     call(project, "dvc", "repro")
     assert (project / "reports/mini/total.txt").read_text() == "tiny 0"
 
@@ -164,17 +164,17 @@ def test_a_shrunken_matrix_is_refused_pruned_and_comes_back(project):
 
 def test_other_profiles_and_the_users_files_stay(project):
     declare(project, seeds=[0])
-    (project / "data/mini/work/tiny/notes.txt").write_text("mine")
+    (project / "data/mini/count/tiny/notes.txt").write_text("mine")
     (project / "data/mini/mine/tiny/1").mkdir(parents=True)
     (project / "data/mini/mine/tiny/1/manifest.json").write_text('{"name": "another program"}')
     others = files(project / "data/mini-confirm") | files(project / "reports")
     cache = files(project / ".dvc/cache")
     remove_leftovers(project, find_leftovers(project))
-    assert not (project / "data/mini/work/tiny/1").exists()
-    assert (project / "data/mini/work/tiny/notes.txt").read_text() == "mine"
+    assert not (project / "data/mini/count/tiny/1").exists()
+    assert (project / "data/mini/count/tiny/notes.txt").read_text() == "mine"
     assert (project / "data/mini/mine/tiny/1/manifest.json").exists()
     assert files(project / "data/mini-confirm") | files(project / "reports") == others
-    assert {"work@mini-confirm-tiny-1", "total@mini-confirm", "total@mini"} <= entries(project)
+    assert {"count@mini-confirm-tiny-1", "total@mini-confirm", "total@mini"} <= entries(project)
     assert files(project / ".dvc/cache") == cache
 
 
@@ -183,10 +183,10 @@ def test_a_dropped_model_takes_its_empty_folder_along(project):
     call(project, "dvc", "repro", "-q")
     declare(project)
     found = find_leftovers(project)
-    assert [leftover.stage for leftover in found] == ["work@mini-big-0", "work@mini-big-1"]
+    assert [leftover.stage for leftover in found] == ["count@mini-big-0", "count@mini-big-1"]
     remove_leftovers(project, found)
-    assert not (project / "data/mini/work/big").exists()
-    assert (project / "data/mini/work/tiny/0/number.txt").exists()
+    assert not (project / "data/mini/count/big").exists()
+    assert (project / "data/mini/count/tiny/0/number.txt").exists()
 
 
 def test_a_dry_run_changes_nothing(project):
@@ -196,7 +196,7 @@ def test_a_dry_run_changes_nothing(project):
     content = json.loads(out)
     assert content["profile"] == "mini"
     assert content["removed"] is False
-    assert [leftover["paths"] for leftover in content["leftovers"]] == [["data/mini/work/tiny/1"]]
+    assert [leftover["paths"] for leftover in content["leftovers"]] == [["data/mini/count/tiny/1"]]
     assert content["leftovers"][0]["cached"] is True
     assert content["leftovers"][0]["size"] > 0
     assert (files(project), (project / "dvc.lock").read_text()) == before
@@ -215,9 +215,9 @@ def test_it_asks_first(project):
     silent = ask(project, "")
     assert silent.returncode == 2
     assert "pass --yes" in silent.stderr
-    assert (project / "data/mini/work/tiny/1/number.txt").exists()
+    assert (project / "data/mini/count/tiny/1/number.txt").exists()
     assert ask(project, "y\n").returncode == 0
-    assert not (project / "data/mini/work/tiny/1").exists()
+    assert not (project / "data/mini/count/tiny/1").exists()
 
 
 def test_json_asks_no_questions(project):
@@ -226,40 +226,40 @@ def test_json_asks_no_questions(project):
 
 
 def test_a_published_folder_without_an_entry_goes_and_says_it_cannot_be_restored(project):
-    with publish(project / "data/mini/work/lost/3") as folder:
+    with publish(project / "data/mini/count/lost/3") as folder:
         (folder / "number.txt").write_text("lost 3")
-    (project / "data/mini/work/tiny/.7.partial").mkdir()
-    (project / "data/mini/work/tiny/.0.partial").mkdir()
+    (project / "data/mini/count/tiny/.7.partial").mkdir()
+    (project / "data/mini/count/tiny/.0.partial").mkdir()
     found = find_leftovers(project)
-    assert [leftover.paths[0] for leftover in found] == ["data/mini/work/lost/3", "data/mini/work/tiny/.7.partial"]
+    assert [leftover.paths[0] for leftover in found] == ["data/mini/count/lost/3", "data/mini/count/tiny/.7.partial"]
     out, _ = call(project, "rlheals.cli", "prune", "--yes")
-    assert "work/lost/3  [not in DVC's cache: cannot be restored]" in out
-    assert not (project / "data/mini/work/lost").exists()
-    assert (project / "data/mini/work/tiny/.0.partial").exists(), "item 0 is declared: its stage tidies up"
+    assert "count/lost/3  [not in DVC's cache: cannot be restored]" in out
+    assert not (project / "data/mini/count/lost").exists()
+    assert (project / "data/mini/count/tiny/.0.partial").exists(), "item 0 is declared: its stage tidies up"
 
 
-@pytest.mark.parametrize("place", ["eval", "eval/tiny/1", "work/mine", "work/tiny/0/mine", "work/tiny/1/2/3"])
+@pytest.mark.parametrize("place", ["eval", "eval/tiny/1", "count/mine", "count/tiny/0/mine", "count/tiny/1/2/3"])
 def test_what_another_command_published_stays(project, place):
     declare(project, seeds=[0])
     with publish(project / "data/mini" / place) as folder:
         (folder / "answers.txt").write_text("mine")
-    call(project, "rlheals.cli", "prune", "--yes", code=2 if place.startswith("work/tiny/1") else 0)
+    call(project, "rlheals.cli", "prune", "--yes", code=2 if place.startswith("count/tiny/1") else 0)
     assert (project / "data/mini" / place / "answers.txt").read_text() == "mine"
 
 
 def test_a_stage_that_only_the_lock_file_knows_has_orphans_too(project):
     text = (project / "dvc.yaml").read_text()
-    with publish(project / "data/mini/work/lost/3") as folder:
+    with publish(project / "data/mini/count/lost/3") as folder:
         (folder / "number.txt").write_text("lost 3")
     (project / "dvc.yaml").write_text("stages:" + text[text.index("\n  total:") :])
-    assert "data/mini/work/lost/3" in [path for leftover in find_leftovers(project) for path in leftover.paths]
+    assert "data/mini/count/lost/3" in [path for leftover in find_leftovers(project) for path in leftover.paths]
 
 
 def test_marks_that_a_killed_dvc_left_cut_short_do_not_stop_it(project):
     declare(project, seeds=[0])
     (project / ".dvc/tmp/rwlock").write_text('{"write": {')
     remove_leftovers(project, find_leftovers(project))
-    assert not (project / "data/mini/work/tiny/1").exists()
+    assert not (project / "data/mini/count/tiny/1").exists()
 
 
 def test_a_killed_driver_is_still_known_afterwards(project):
@@ -274,33 +274,33 @@ def test_a_killed_driver_is_still_known_afterwards(project):
 @pytest.mark.parametrize("published", [True, False])
 def test_a_folder_with_a_file_of_the_users_is_kept_and_told(project, published):
     declare(project, seeds=[0])
-    folder = project / "data/mini/work/tiny/1"
+    folder = project / "data/mini/count/tiny/1"
     (folder / "notes.txt").write_text("mine")
     if not published:
         (folder / "manifest.json").unlink()
     _, told = call(project, "rlheals.cli", "prune", "--yes", code=2)
-    assert "kept data/mini/work/tiny/1" in told
+    assert "kept data/mini/count/tiny/1" in told
     assert "no stage wrote notes.txt in it" in told
     assert (folder / "notes.txt").read_text() == "mine"
-    assert "work@mini-tiny-1" in entries(project)
+    assert "count@mini-tiny-1" in entries(project)
 
 
 def test_a_folder_nothing_is_known_about_is_kept(project):
     declare(project, seeds=[0])
-    (project / "data/mini/work/tiny/1/manifest.json").unlink()
+    (project / "data/mini/count/tiny/1/manifest.json").unlink()
     shutil.rmtree(project / ".dvc/cache")
     (found,) = find_leftovers(project)
     assert "delete it by hand" in found.keep
     remove_leftovers(project, [found])
-    assert (project / "data/mini/work/tiny/1/number.txt").exists()
+    assert (project / "data/mini/count/tiny/1/number.txt").exists()
 
 
 def test_a_link_is_removed_and_what_it_points_to_is_not(project, tmp_path):
     declare(project, seeds=[0])
-    moved = shutil.move(project / "data/mini/work/tiny/1", tmp_path / "elsewhere")
-    (project / "data/mini/work/tiny/1").symlink_to(moved)
+    moved = shutil.move(project / "data/mini/count/tiny/1", tmp_path / "elsewhere")
+    (project / "data/mini/count/tiny/1").symlink_to(moved)
     remove_leftovers(project, find_leftovers(project))
-    assert not (project / "data/mini/work/tiny/1").is_symlink()
+    assert not (project / "data/mini/count/tiny/1").is_symlink()
     assert (tmp_path / "elsewhere/number.txt").exists()
 
 
@@ -316,9 +316,9 @@ def test_a_renamed_stage_loses_its_entry_and_keeps_the_folder_of_its_successor(p
 
 def test_an_entry_is_found_again_when_only_the_files_were_removed(project):
     declare(project, seeds=[0])
-    shutil.rmtree(project / "data/mini/work/tiny/1")
+    shutil.rmtree(project / "data/mini/count/tiny/1")
     found = find_leftovers(project)
-    assert found == [Leftover("work@mini-tiny-1", (), 0, cached=True)]
+    assert found == [Leftover("count@mini-tiny-1", (), 0, cached=True)]
     remove_leftovers(project, found)
     assert find_leftovers(project) == []
 
@@ -329,8 +329,8 @@ def test_a_plan_that_is_out_of_date_is_not_carried_out(project):
     declare(project, seeds=[1])
     with pytest.raises(UserError, match="has changed meanwhile"):
         remove_leftovers(project, found)
-    assert (project / "data/mini/work/tiny/0/number.txt").exists()
-    assert (project / "data/mini/work/tiny/1/number.txt").exists()
+    assert (project / "data/mini/count/tiny/0/number.txt").exists()
+    assert (project / "data/mini/count/tiny/1/number.txt").exists()
 
 
 def test_a_driver_at_work_is_not_disturbed(project):
@@ -338,7 +338,7 @@ def test_a_driver_at_work_is_not_disturbed(project):
     found = find_leftovers(project)
     with driver_lock(project), pytest.raises(UserError, match="another run holds"):
         remove_leftovers(project, found)
-    assert (project / "data/mini/work/tiny/1/number.txt").exists()
+    assert (project / "data/mini/count/tiny/1/number.txt").exists()
 
 
 @contextmanager
@@ -367,9 +367,9 @@ def test_dvc_at_work_is_not_disturbed(project):
         found = find_leftovers(project)
         with pytest.raises(UserError, match="DVC is at work"):
             remove_leftovers(project, found)
-    assert (project / "data/mini/work/tiny/1/number.txt").exists()
+    assert (project / "data/mini/count/tiny/1/number.txt").exists()
     remove_leftovers(project, found)
-    assert not (project / "data/mini/work/tiny/1").exists()
+    assert not (project / "data/mini/count/tiny/1").exists()
 
 
 @pytest.mark.parametrize("content", ["profile: ..\n", "profile: a/b\n", "models: []\n", "", "profile: [\n"])

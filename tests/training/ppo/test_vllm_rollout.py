@@ -21,6 +21,8 @@ from tests.common import make_folder, make_model, make_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
 
 class FakeGeneration:
     """TRL's interface without vLLM; ``served`` stands for the copy of the weights in the engine."""
@@ -87,9 +89,8 @@ def test_sentinels_are_those_of_the_transformers_engine() -> None:
     assert sentinel_prompts(111) == seen[0]
 
 
+@needs_vllm
 def test_a_policy_on_the_cpu_is_told() -> None:
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
     tokenizer = make_tokenizer("words")
     with pytest.raises(UserError, match="need the policy on a GPU"):
         make_vllm_rollout(make_model("words", tokenizer), tokenizer, None, context=64)
@@ -117,11 +118,10 @@ print(json.dumps({"gap": gap, "first": pairs, "drawn": [answer.token_ids for ans
 """
 
 
+@needs_vllm
 @pytest.mark.slow
 def test_vllm_itself_serves_the_folder_the_policy_came_from(tmp_path: Path) -> None:
     """Without a push, which vLLM's CPU build does not take: bfloat16 against float32."""
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
     folder = make_folder(tmp_path / "m", "llama", hidden_size=128, initializer_range=0.1)
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
