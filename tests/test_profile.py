@@ -31,6 +31,7 @@ def test_a_preset_changes_what_it_names_and_nothing_else() -> None:
     mini, confirm = read(render("mini").text), read(render("mini-confirm").text)
     assert confirm.pop("seeds") == [0, 1, 2]
     assert confirm.pop("profile") == "mini-confirm"
+    assert set(confirm["ppo"].pop("arms")) > set(mini["ppo"].pop("arms")), "the controls beside PPO"
     assert confirm == {key: value for key, value in mini.items() if key not in {"seeds", "profile"}}
 
 

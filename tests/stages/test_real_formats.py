@@ -46,6 +46,7 @@ def params(source: Path, *more: str) -> Params:
         "dataset.probe.confirm=2",
         "sft.steps=3",
         f"sft.checkpoints={RUNGS}",
+        f"ppo.starts={RUNGS}",
         "sft.batch_size=2",
         "sft.max_length=1024",
         "sft.loss_every=2",

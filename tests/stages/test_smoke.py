@@ -72,8 +72,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_stage_publishes_what_its_manifest_lists(workspace: Path) -> None:
-    for stage in STAGES:
+    for stage in (*STAGES, "probe_rl"):
         assert verify(workspace / "data" / "smoke" / stage / "tiny" / "0")
+    for start in (5, 20):
+        assert verify(workspace / "data" / "smoke" / "ppo" / "tiny" / "0" / "ppo" / str(start))
     assert "index.html" in verify(workspace / "reports" / "smoke")
     ladder = workspace / "data" / "smoke" / "sft" / "tiny" / "0"
     steps = YAML(typ="safe").load((workspace / "params.yaml").read_text())["sft"]["checkpoints"]
@@ -92,7 +94,8 @@ def test_outputs_are_links_into_the_cache_not_copies(workspace: Path) -> None:
 
 def test_the_lock_holds_one_entry_a_stage(workspace: Path) -> None:
     locked = set(YAML(typ="safe").load((workspace / "dvc.lock").read_text())["stages"])
-    assert locked == {*(f"{stage}@smoke-tiny-0" for stage in STAGES), "report@smoke"}
+    branches = {f"ppo@smoke-tiny-0-ppo-{start}" for start in (5, 20)}
+    assert locked == {*(f"{stage}@smoke-tiny-0" for stage in (*STAGES, "probe_rl")), *branches, "report@smoke"}
 
 
 def test_a_second_run_and_a_return_from_another_profile_do_nothing(workspace: Path) -> None:
