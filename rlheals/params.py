@@ -217,6 +217,20 @@ class ProbeRl(Block):
     bootstrap: Positive
 
 
+class Spectra(Block):
+    """Which weights ``spectra`` compares, and how."""
+
+    modules: Annotated[list[str], Field(min_length=1)]
+    layers: Annotated[str, Field(pattern=r"^(all|\d+(-\d+)?(,\d+(-\d+)?)*)$")]
+    embeddings: StrictBool
+    subspaces: Annotated[list[Positive | Annotated[Number, Field(gt=0, le=1)]], Field(min_length=1)]
+    nulls: Count
+    rl_arm: str
+    rl_start: Count
+    prompts: Positive
+    cache_gib: Rate
+
+
 class Report(Block):
     """The report."""
 
@@ -240,6 +254,7 @@ class Params(Block):
     probe_sft: ProbeSft
     ppo: Ppo
     probe_rl: ProbeRl
+    spectra: Spectra
     report: Report
 
     @field_validator("models", "seeds")
@@ -262,6 +277,14 @@ class Params(Block):
         missing = [step for step in self.ppo.starts if step not in self.sft.checkpoints]
         if missing:
             raise ValueError(f"ppo.starts holds {missing[0]}, which is not among sft.checkpoints")
+        return self
+
+    @model_validator(mode="after")
+    def _spectra_name_a_branch(self) -> Params:
+        if self.spectra.rl_arm not in self.ppo.arms:
+            raise ValueError(f"spectra.rl_arm is {self.spectra.rl_arm!r}, which is not among ppo.arms")
+        if self.spectra.rl_start not in self.ppo.starts:
+            raise ValueError(f"spectra.rl_start is {self.spectra.rl_start}, which is not among ppo.starts")
         return self
 
     @cached_property

@@ -144,15 +144,17 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with _readable(file), safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  not a dict
                 tensor = weights.get_slice(name)
-                if tensor.get_dtype() not in FLOATING:
-                    raise UserError(
-                        f"{file}: tensor {name} is {tensor.get_dtype()}, not floating point; "
-                        "use an unquantised checkpoint."
-                    )
+                check_floating(file, name, tensor.get_dtype())
                 shapes[name] = tuple(tensor.get_shape())
     if (path / INDEX).is_file() and not (path / WEIGHTS).is_file():
-        _check_index(path, set(shapes))
+        check_index(path, set(shapes))
     return shapes
+
+
+def check_floating(file: Path, name: str, dtype: str) -> None:
+    """Raise `UserError` when tensor ``name`` of ``file`` is of a safetensors type that is not plain floating point."""
+    if dtype not in FLOATING:
+        raise UserError(f"{file}: tensor {name} is {dtype}, not floating point; use an unquantised checkpoint.")
 
 
 def check_state(found: Mapping[str, tuple[int, ...]], model: Any, where: str) -> None:
@@ -171,8 +173,10 @@ def check_state(found: Mapping[str, tuple[int, ...]], model: Any, where: str) ->
         for name in expected
         if name in found and found[name] != expected[name]
     ]
-    problems = [f"{_list(names)} {verb}" for names, verb in ((missing, "missing"), (unexpected, "unexpected")) if names]
-    problems += [_list(shapes)] if shapes else []
+    problems = [
+        f"{name_some(names)} {verb}" for names, verb in ((missing, "missing"), (unexpected, "unexpected")) if names
+    ]
+    problems += [name_some(shapes)] if shapes else []
     if problems:
         raise UserError(
             f"{where} does not hold the weights its config.json describes: {'; '.join(problems)}. "
@@ -199,7 +203,7 @@ def check_digests(path: Path) -> None:
         if not (directory / MANIFEST).is_file():
             continue
         prefix = "" if directory == path else f"{path.resolve().name}/"
-        for name, digest in _json(directory / MANIFEST).items():
+        for name, digest in read_json(directory / MANIFEST).items():
             if not name.startswith(prefix) or Path(name).suffix == ".parquet":
                 continue
             file = directory / name
@@ -229,7 +233,12 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or corrupted ({_first_line(error)}); {REPAIR}.") from error
+        raise damaged(file, _first_line(error)) from error
+
+
+def damaged(file: Path, reason: str) -> UserError:
+    """The error to raise for a weight file that cannot be what was saved."""
+    return UserError(f"{file} is truncated or corrupted ({reason}); {REPAIR}.")
 
 
 @contextmanager
@@ -247,19 +256,21 @@ def quiet_bars() -> Iterator[None]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    mapping = _json(path / INDEX).get("weight_map")
+    mapping = read_json(path / INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{path / INDEX} has no weight_map; {REPAIR}.")
     return mapping
 
 
-def _check_index(path: Path, stored: set[str]) -> None:
+def check_index(path: Path, stored: set[str]) -> None:
+    """Raise `UserError` when the sharded folder's index does not name exactly the ``stored`` tensors."""
     named = set(_weight_map(path))
     if named != stored:
-        raise UserError(f"{path / INDEX} and its files disagree on {_list(sorted(named ^ stored))}; {REPAIR}.")
+        raise UserError(f"{path / INDEX} and its files disagree on {name_some(sorted(named ^ stored))}; {REPAIR}.")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; `UserError` when it holds none."""
     try:
         content = json.loads(file.read_text())
     except (ValueError, OSError) as error:
@@ -269,7 +280,8 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _list(names: list[str], shown: int = 3) -> str:
+def name_some(names: list[str], shown: int = 3) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 

@@ -95,13 +95,21 @@ def export(chart: alt.TopLevelMixin, name: str, folder: Path, script: str = "../
 
 
 def unique_ids(svg: str, prefix: str) -> str:
-    """Prefix all ids of an SVG, so that several of them fit in one page.
+    """Prefix all ids of an SVG, so that several of them fit in one page, and number them by their place.
 
-    >>> unique_ids('<clipPath id="clip0"/><g clip-path="url(#clip0)"/>', "a")
+    The renderer goes on counting from one drawing to the next; the same drawing must not depend on what it drew before.
+
+    >>> unique_ids('<clipPath id="clip7"/><g clip-path="url(#clip7)"/>', "a")
     '<clipPath id="a-clip0"/><g clip-path="url(#a-clip0)"/>'
     """
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    return re.sub(r'(url\(#|href="#)([^)"]+)', rf"\g<1>{prefix}-\2", svg)
+    found = dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))
+    names = {name: f"{prefix}-{re.sub(r'[0-9]+$', str(place), name)}" for place, name in enumerate(found)}
+
+    def renamed(match: re.Match[str]) -> str:
+        return match[1] + names.get(match[2], f"{prefix}-{match[2]}")
+
+    svg = re.sub(r'(\bid=")([^"]+)', renamed, svg)
+    return re.sub(r'(url\(#|href="#)([^)"]+)', renamed, svg)
 
 
 def dvc_page() -> str:

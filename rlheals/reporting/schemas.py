@@ -209,6 +209,82 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "found_share": pl.Float64,  # resamples with a window
         "resamples": pl.Int64,
     },
+    # What turned between two models, one row a measured number; curves have an ``index`` (0 is the largest singular
+    # value or the smallest angle). Both bands are 95 % prediction intervals; null where a null is not defined.
+    "spectra": {
+        **_RUN,
+        "pair": pl.String,  # "<reference> → <target>"
+        "layer": pl.Int64,  # -1 for embedding and head
+        "module": pl.String,
+        "tensor": pl.String,
+        "quantity": pl.String,
+        "side": pl.String,  # left | right | ""
+        "part": pl.String,  # top | bottom | band | ""
+        "k": pl.Int64,
+        "index": pl.Int64,
+        "value": pl.Float64,  # angles in radians
+        "random_low": pl.Float64,  # independent random subspaces
+        "random_high": pl.Float64,
+        "noise_low": pl.Float64,  # reference plus Gaussian noise of the real change's norm
+        "noise_high": pl.Float64,
+    },
+    "spectra_verdicts": {
+        **_RUN,
+        "pair": pl.String,
+        "layer": pl.Int64,
+        "module": pl.String,
+        "tensor": pl.String,
+        "rows": pl.Int64,
+        "columns": pl.Int64,
+        "verdict": pl.String,
+        "test": pl.String,
+        "p_value": pl.Float64,  # null where nothing changed
+        "p_holm": pl.Float64,  # over the matrices of the pair
+        "relative_change": pl.Float64,  # of the Frobenius norm
+        "stretch_share": pl.Float64,
+        "warning": pl.String,
+        "driver": pl.String,
+        "reconstruction_error": pl.Float64,
+        "orthonormality_error": pl.Float64,
+    },
+    # Change that the model's function can see, beside the change of the weights.
+    "gauge": {
+        **_RUN,
+        "pair": pl.String,
+        "layer": pl.Int64,
+        "block": pl.String,  # value_output | query_key | mlp
+        "head": pl.Int64,
+        "quantity": pl.String,
+        "value": pl.Float64,
+        "noise_low": pl.Float64,
+        "noise_high": pl.Float64,
+    },
+    "function_drift": {
+        **_RUN,
+        "pair": pl.String,
+        "condition": pl.String,
+        "layer": pl.Int64,  # 0 is the embedding, then the blocks; -1 for next-token distributions
+        "quantity": pl.String,
+        "value": pl.Float64,
+        "noise_low": pl.Float64,
+        "noise_high": pl.Float64,
+        "tokens": pl.Int64,
+    },
+    # Every rung against the base, summary numbers only.
+    "spectra_ladder": {
+        **_RUN,
+        "checkpoint_step": pl.Int64,
+        "reference": pl.String,
+        "layer": pl.Int64,
+        "module": pl.String,
+        "quantity": pl.String,
+        "side": pl.String,
+        "part": pl.String,
+        "k": pl.Int64,
+        "value": pl.Float64,
+        "noise_low": pl.Float64,
+        "noise_high": pl.Float64,
+    },
 }
 
 

@@ -84,7 +84,7 @@ def _page(study: Study, built: list[tuple[Section, Content]], graphics: dict[str
         sections=sections,
         findings=[finding for _, content in built for finding in content.findings],
         parameters=_parameters(study.params),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -127,7 +127,7 @@ def _parameters(params: Params) -> str:
     return text.getvalue()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of what computed the numbers, as installed where the report was made."""
     found = {"Python": platform.python_version()}
     for name in PACKAGES:

@@ -41,11 +41,13 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p-value with two digits, and no more than it can bear.
+    """A p-value with two digits, and no more than it can bear; a dash where there is no test.
 
-    >>> p_value(0.0412), p_value(3e-9), p_value(1)
-    ('0.041', '< 0.0001', '1')
+    >>> p_value(0.0412), p_value(3e-9), p_value(1), p_value(float("nan"))
+    ('0.041', '< 0.0001', '1', '–')
     """
+    if isnan(p):
+        return "–"
     if p < 1e-4:
         return "< 0.0001"
     return "1" if p >= 0.995 else f"{p:.2g}"

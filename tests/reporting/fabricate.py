@@ -52,6 +52,7 @@ def make_params(
         raw["model"].setdefault(name, raw["model"]["tiny"])
     raw["sft"] |= {"checkpoints": list(LADDER), "steps": max(LADDER)}
     raw["ppo"] |= {"starts": list(GAINS["ppo"]), "arms": list(arms), "updates": 24, "checkpoints": [12, 24]}
+    raw["spectra"] |= {"rl_arm": arms[0], "rl_start": 40}
     return Params.model_validate(raw)
 
 

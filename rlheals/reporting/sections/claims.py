@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from rlheals.reporting import claims_rl
+from rlheals.reporting import claims_rl, claims_spectra
 from rlheals.reporting.branches import load_branches
 from rlheals.reporting.claims import CLAIMS, FAILS, HOLDS, evaluate
+from rlheals.reporting.drift import load_drift
 from rlheals.reporting.sections.core import Content, Section
 from rlheals.reporting.words import listed
 
@@ -22,27 +23,34 @@ _WORDS = {HOLDS: "holds", FAILS: "does not hold"}
 
 
 def build(study: Study) -> Content:
-    """Verdicts of all claims in all runs: those about SFT, and those about RL where it has run."""
-    families: list[tuple[str, Sequence[Claim], pl.DataFrame]] = [("Supervised fine-tuning", CLAIMS, evaluate(study))]
+    """Verdicts of all claims in all runs: those about SFT, and those about RL and about weights where these ran."""
+    families: dict[str, tuple[str, Sequence[Claim], pl.DataFrame]] = {
+        "claims.csv": ("Supervised fine-tuning", CLAIMS, evaluate(study))
+    }
     branches = load_branches(study)
     claims = claims_rl.examined(study)
     if branches is not None and claims:
-        families.append(("Reinforcement learning", claims, claims_rl.evaluate(study, branches)))
+        families["claims_rl.csv"] = ("Reinforcement learning", claims, claims_rl.evaluate(study, branches))
+    drift = load_drift(study)
+    if drift is not None:
+        table = claims_spectra.evaluate(study, drift)
+        families["claims_spectra.csv"] = ("Weights and hidden states", claims_spectra.CLAIMS, table)
     return Content(
-        context={"families": [_family(*family) for family in families]},
+        context={"families": [_family(*family) for family in families.values()]},
         findings=[
             _finding(claim.statement, table.filter(pl.col("claim") == claim.key))
-            for _, claims, table in families
+            for _, claims, table in families.values()
             for claim in claims
         ],
-        tables=dict(zip(("claims.csv", "claims_rl.csv"), (table for _, _, table in families), strict=False)),
+        tables={name: table for name, (_, _, table) in families.items()},
     )
 
 
 def _family(title: str, claims: Sequence[Claim], table: pl.DataFrame) -> dict[str, Any]:
     """Claims that are corrected together, each with its rows."""
     groups = [(claim, [row for row in table.to_dicts() if row["claim"] == claim.key]) for claim in claims]
-    return {"title": title, "groups": groups, "comparisons": len(table)}
+    tests = int(table["p_value"].is_not_nan().sum())
+    return {"title": title, "groups": groups, "comparisons": tests, "sized": tests < len(table)}
 
 
 def _finding(statement: str, rows: pl.DataFrame) -> str:

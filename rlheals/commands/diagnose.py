@@ -1,0 +1,192 @@
+"""``rlheals diagnose``: what turned between two checkpoints, and can it be told from noise."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlheals.commands._shared import Json, print_json
+from rlheals.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from rlheals.spectra.diagnose import Caches, Diagnosis
+    from rlheals.spectra.plan import Estimate
+    from rlheals.spectra.settings import DiagnoseSettings
+
+EXIT_CHANGED = 1
+EPILOG = (
+    f"Exit codes: {EXIT_OK} every matrix is unchanged or indistinguishable from same-norm noise, {EXIT_CHANGED} at "
+    "least one shows a structured rotation or a magnitude change; an internal error, which prints a traceback, exits "
+    f"{EXIT_CHANGED} too, {EXIT_BAD_INPUT} bad input (the message says what to change)."
+)
+GIB = 2**30
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("diagnose", epilog=EPILOG)(diagnose)
+
+
+def diagnose(
+    base: Annotated[Path, typer.Argument(help="Hugging Face folder of the model before.")],
+    tuned: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[TUNED]...", help="Folders of the model after; several make a ladder, in their order."),
+    ] = None,
+    modules: Annotated[str | None, typer.Option(help="Matrices, e.g. q_proj,v_proj; all of a block if absent.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks, e.g. 0-9,12; all if absent.")] = None,
+    k: Annotated[
+        str, typer.Option("--k", help="Subspace sizes: shares of the rank (0.25), or numbers of vectors (64).")
+    ] = "0.125,0.25,0.5",
+    nulls: Annotated[int, typer.Option(min=0, help="Random changes of the same norm behind each null band.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random draws.")] = 0,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Analyse the embedding and the head too.")] = False,
+    gauge: Annotated[
+        bool, typer.Option(help="Separate function-preserving change of whole blocks from the rest.")
+    ] = True,
+    function: Annotated[
+        bool | None,
+        typer.Option(
+            "--function/--no-function",
+            help="Run both models and compare what they compute; by default when each is below 2 GiB.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Texts for the function drift, one a line; sampled from BASE if absent.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for index.html and the tables.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for finished work.", show_default="~/.cache/rlheals")
+    ] = None,
+    cache_gib: Annotated[float, typer.Option(min=0.001, help="Largest size of the decompositions kept there.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    every: Annotated[bool, typer.Option("--all", help="Print every matrix, not one line a module.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only print how long it would take, here and on a GPU; needs no TUNED.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the weights of BASE with those of TUNED, each number beside what chance alone would do.
+
+    For each matrix: singular values, principal angles of the leading, trailing and middle singular vectors, stretch and
+    rotation of the change, and a verdict against Gaussian noise of the same norm (5 %, Holm's correction over the
+    matrices). Reads one tensor at a time. Finished work is kept in the cache, so the same question is answered at once.
+    """
+    from rlheals.models.topology import parse_layers
+    from rlheals.publish import check_target
+    from rlheals.spectra.settings import DiagnoseSettings, parse_ks
+
+    settings = DiagnoseSettings(
+        modules=tuple(part.strip() for part in modules.split(",")) if modules else None,
+        layers=tuple(parse_layers(layers)) if layers else None,
+        embeddings=embeddings,
+        ks=parse_ks(k),
+        nulls=nulls,
+        seed=seed,
+        gauge=gauge,
+        device=_device(device),
+    )
+    if plan:
+        _plan(base, max(1, len(tuned or [])), settings, as_json)
+        return
+    if not tuned:
+        raise UserError("name at least one TUNED folder to compare BASE with; --plan alone needs none.")
+    from rlheals.spectra.diagnose import diagnose as diagnose_models
+
+    if out is not None:
+        check_target(out)
+    caches = _caches(cache or default_cache(), cache_gib, settings.device)
+    found = diagnose_models(base, tuned, settings, caches, function=function, prompts=prompts)
+    if out is not None:
+        _write(found, out)
+    if as_json:
+        print_json(as_content(found, caches))
+    else:
+        _show(found, caches, every)
+    if found.changed:
+        raise typer.Exit(EXIT_CHANGED)
+
+
+def default_cache() -> Path:
+    """``rlheals`` below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlheals"
+
+
+def _device(name: str) -> str:
+    from rlheals.stages.common import resolve_device
+
+    if name not in ("cpu", "cuda", "auto"):
+        raise UserError(f"--device {name} is not known; use cpu, cuda or auto.")
+    return resolve_device(name)
+
+
+def _caches(directory: Path, cap_gib: float, device: str) -> Caches:
+    from rlheals.spectra.diagnose import Caches
+    from rlheals.spectra.results import ResultCache
+    from rlheals.spectra.store import FactorStore
+
+    results = ResultCache(directory)
+    return Caches(FactorStore(directory / "factors", round(cap_gib * GIB), device), results)
+
+
+def _write(found: Diagnosis, out: Path) -> None:
+    """Tables and page, all or nothing."""
+    from rlheals.publish import publish
+    from rlheals.reporting.diagnosis_page import write_page
+    from rlheals.reporting.schemas import write_table
+
+    with publish(out) as directory:
+        for schema, table in found.tables().items():
+            write_table(table, schema, directory / f"{schema}.parquet")
+        write_page(found.tables(), directory, left_out=found.left_out, notes=found.notes)
+
+
+def as_content(found: Diagnosis, caches: Caches) -> dict[str, Any]:
+    """What ``--json`` prints: verdicts, function drift, what was left out, and the counters."""
+    return {
+        "changed": found.changed,
+        "verdicts": _records(found.verdicts),
+        "function_drift": _records(found.function_drift),
+        "left_out": dict(found.left_out),
+        "notes": list(found.notes),
+        "factorised": caches.factors.factorised,
+        "factors_from_cache": caches.factors.hits,
+        "measured": caches.results.computed,
+        "answers_from_cache": caches.results.hits,
+    }
+
+
+def _records(table: pl.DataFrame) -> list[dict[str, Any]]:
+    """Rows without the columns that only a study fills; numbers that JSON does not have become null."""
+    return table.drop("profile", "model", "seed").fill_nan(None).to_dicts()
+
+
+def _show(found: Diagnosis, caches: Caches, every: bool) -> None:
+    from rlheals.commands._diagnosis_text import show_diagnosis
+
+    show_diagnosis(found, caches.told(), every)
+
+
+def _plan(base: Path, checkpoints: int, settings: DiagnoseSettings, as_json: bool) -> None:
+    from rlheals.spectra.plan import KNOWN, plan, workload_of
+
+    own = workload_of(base, settings.modules, settings.layers, embeddings=settings.embeddings)
+    estimates = plan([own, *KNOWN], checkpoints, settings.nulls, settings.device)
+    if as_json:
+        print_json({"estimates": [_estimate(each) for each in estimates]})
+        return
+    from rlheals.commands._diagnosis_text import show_plan
+
+    show_plan(estimates)
+
+
+def _estimate(each: Estimate) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(each), "first_run": each.first_run, "second_run": each.second_run}
