@@ -201,6 +201,7 @@ class Ppo(Block):
     attempts: Positive
     checkpoints: Annotated[list[Positive], Field(min_length=1)]
     state_every: Positive
+    rollouts: Literal["policy", "vllm"]
     change: dict[str, Any]
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
-        self.stop_tokens = _stop_tokens(model, tokenizer)
+        self.stop_tokens = stop_tokens(model, tokenizer)
 
     def generate(self, token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answer each prompt, in order.
@@ -169,7 +169,7 @@ def fingerprint(model: Any, sentinels: int = 4, length: int = 8) -> list[float]:
     return [float(value) for value in logprobs.flatten()]
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     """End tokens of the tokenizer and of the model's generation config (chat models list several)."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     found = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}

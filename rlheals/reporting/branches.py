@@ -19,6 +19,7 @@ FILES = {
     "recovery_window": "recovery_window.parquet",
     "rl_losses": "losses.parquet",
     "rl_training": "rl_training.parquet",
+    "advantages": "advantages.parquet",
     "doctor": "doctor.parquet",
     "answers": "answers.parquet",
 }
@@ -33,6 +34,7 @@ class Branches:
         windows: schema ``recovery_window``.
         losses: schema ``rl_losses``.
         training: schema ``rl_training``.
+        advantages: schema ``advantages``.
         doctor: schema ``doctor``.
         answers: schema ``answers``.
         last: the last update, at which branches are compared.
@@ -43,6 +45,7 @@ class Branches:
     windows: pl.DataFrame
     losses: pl.DataFrame
     training: pl.DataFrame
+    advantages: pl.DataFrame
     doctor: pl.DataFrame
     answers: pl.DataFrame
     last: int
@@ -80,6 +83,7 @@ def load_branches(study: Study) -> Branches | None:
         windows=found["recovery_window"],
         losses=found["rl_losses"],
         training=found["rl_training"],
+        advantages=found["advantages"],
         doctor=found["doctor"],
         answers=found["answers"],
         last=settings.checkpoints[-1],

@@ -39,7 +39,8 @@ def ppo(run: Run) -> None:
         "reference": weights_digest(reference_folder(run, settings)) if settings.kl_coefficient > 0 else None,
     }
     params = run.params
-    decides = [params.ppo.updates, params.ppo.episodes, params.ppo.attempts, params.ppo.checkpoints]
+    asked = params.ppo
+    decides = [asked.updates, asked.episodes, asked.attempts, asked.checkpoints, asked.rollouts]
     scratch = run.scratch(
         "ppo", decides, settings.model_dump(), params.task, params.inference, params.compute, run.spec, inputs
     )
@@ -146,11 +147,24 @@ def make_branch(run: Run, settings: PpoSettings, scratch: Path, identity: dict[s
 
 
 def engine_around(run: Run, parent: Path, model: Any, tokenizer: Any) -> Engine:
-    """An engine that answers with the live ``model``; another back-end gets a copy that is swapped every update."""
+    """Who plays the episodes: the model in training itself, or a copy that gets its weights before every update.
+
+    ``ppo.rollouts: vllm`` serves the copy by TRL's vLLM in this process; another ``inference.engine`` by that engine.
+
+    Raises:
+        UserError: vLLM is not installed or there is no GPU for it.
+    """
     from rlheals.inference import make_engine
     from rlheals.inference.transformers_engine import TransformersEngine
 
     inference = run.params.inference
+    if run.params.ppo.rollouts == "vllm":
+        from accelerate import Accelerator
+
+        from rlheals.training.ppo.vllm_rollout import make_vllm_rollout
+
+        context = model.config.get_text_config().max_position_embeddings
+        return make_vllm_rollout(model, tokenizer, Accelerator(), context)
     if inference.engine == TransformersEngine.name:
         return TransformersEngine(model, tokenizer, inference.batch_size, str(model.device))
     return make_engine(run.params, parent, run.spec.dtype)

@@ -28,7 +28,7 @@ from tests.reporting.fabricate import GAINS, make_branches, make_params, make_pr
 from tests.reporting.test_site import Page
 
 ARMS = ("ppo", "reward_only", "kl_only")
-NAMES = {"recovery_curve", "recovery_gain", "rl_losses", "rl_training"}
+NAMES = {"recovery_curve", "recovery_gain", "rl_losses", "rl_training", "rl_advantages"}
 CASES = {
     "one": ([0], ["tiny"], ("ppo",)),
     "seeds": ([0, 1, 2], ["tiny"], ARMS),
@@ -61,6 +61,9 @@ def charts(study):
         "recovery_gain": figures.recovery_gain(branches.final),
         "rl_losses": figures.rl_losses(branches.losses, branches.last, branches.main),
         "rl_training": figures.rl_training(branches.training),
+        "rl_advantages": figures.rl_advantages(
+            branches.advantages, branches.training, branches.main, study.params.seeds[0]
+        ),
     }
 
 

@@ -146,3 +146,11 @@ def test_an_undeclared_branch_ends_with_exit_code_2(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: --checkpoint-step 7 is not in ppo.starts")
+
+
+def test_rollouts_by_vllm_need_a_gpu_and_leave_nothing_behind(finished: Path, params: Params) -> None:
+    asked = params.model_copy(update={"ppo": params.ppo.model_copy(update={"rollouts": "vllm"})})
+    run = Run(asked, "tiny", 0, finished, start=5, arm="reward_only")
+    with pytest.raises(UserError, match=r"vLLM (is not installed|rollouts need the policy on a GPU).*ppo\.rollouts"):
+        ppo(run)
+    assert not run.branch("reward_only", 5).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlheals.reporting.figures.advantages import rl_advantages as rl_advantages
 from rlheals.reporting.figures.charts import base_training as base_training
 from rlheals.reporting.figures.charts import format_errors as format_errors
 from rlheals.reporting.figures.charts import ladder_accuracy as ladder_accuracy

@@ -8,7 +8,7 @@ import polars as pl
 
 from rlheals.reporting.branches import load_branches
 from rlheals.reporting.claims import ALPHA
-from rlheals.reporting.figures import recovery_curve, recovery_gain, rl_losses, rl_training
+from rlheals.reporting.figures import recovery_curve, recovery_gain, rl_advantages, rl_losses, rl_training
 from rlheals.reporting.figures.style import ARMS
 from rlheals.reporting.sections.core import Content, Figure, RunMetrics, Section
 from rlheals.reporting.words import interval, p_value, percent, points
@@ -70,6 +70,11 @@ def _figures(study: Study, branches: Branches) -> dict[str, Figure]:
             rl_training(branches.training),
             "Episodes during RL are sampled on in-distribution training prompts; the probes are greedy unless "
             "inference.temperature says otherwise.",
+        ),
+        "rl_advantages": Figure(
+            rl_advantages(branches.advantages, branches.training, branches.main, study.params.seeds[0]),
+            f"A heap below zero are the failures, one above it the successes ({main}); a thin tail at one side means "
+            "that few episodes decide the update.",
         ),
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.inference.engine import Answer, Capabilities
-from rlheals.inference.transformers_engine import _stop_tokens
+from rlheals.inference.transformers_engine import stop_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class VllmRollout:
     def __init__(self, generation: Any, tokenizer: Any) -> None:
         self.generation = generation
         self.tokenizer = tokenizer
-        self.stop_tokens = _stop_tokens(generation.model, tokenizer)
+        self.stop_tokens = stop_tokens(generation.model, tokenizer)
 
     def generate(self, token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answer each prompt, in order."""
@@ -66,7 +66,7 @@ class VllmRollout:
         if foreign or len(own) != len(state_dict):
             raise UserError(
                 "vLLM rollouts serve the model in training only, and the state to push is another one's "
-                f"(tensor {foreign[0] if foreign else 'missing'}); use inference.engine transformers for other weights."
+                f"(tensor {foreign[0] if foreign else 'missing'}); set ppo.rollouts: policy for other weights."
             )
         self.generation.sync_weights()
 
@@ -111,11 +111,11 @@ def make_vllm_rollout(
     from importlib.util import find_spec
 
     if find_spec("vllm") is None:
-        raise UserError("vLLM is not installed; run `pip install rlheals[vllm]` or set inference.engine: transformers.")
+        raise UserError("vLLM is not installed; run `pip install rlheals[vllm]` or set ppo.rollouts: policy.")
     if policy.device.type != "cuda":
         raise UserError(
             "vLLM rollouts need the policy on a GPU, because vLLM's CPU build repacks weights and takes no new ones; "
-            "set inference.engine: transformers, or compute.device: cuda."
+            "set ppo.rollouts: policy, or compute.device: cuda."
         )
     return VllmRollout(start_generation(policy, tokenizer, accelerator, context, memory_share), tokenizer)
 
