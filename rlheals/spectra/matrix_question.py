@@ -14,7 +14,7 @@ from rlheals.spectra.angles import SIDES, resolve_k
 from rlheals.spectra.drift import Measure, MeasureSettings, series
 from rlheals.spectra.factorise import singular_values
 from rlheals.spectra.noise import seed_of
-from rlheals.spectra.norms import frobenius, spectral_norm
+from rlheals.spectra.norms import frobenius
 from rlheals.spectra.nulls import random_subspace_bands, same_norm_bands
 from rlheals.spectra.random_law import looks_untrained, norm_fits
 from rlheals.spectra.results import Finding
@@ -99,9 +99,11 @@ class MatrixQuestion:
         base, tuned = self._factors(self.reference), self._factors(self.target)
         change = self._change()
         settings = self._measure_settings()
-        norm, spectral = frobenius(change), spectral_norm(change)
-        measures = series(base, tuned, change, settings, spectral).measures()
+        norm = frobenius(change)
+        measures = series(base, tuned, change, settings).measures()
         del change
+        stable_rank = next(each.value for each in measures if each.quantity == "stable_rank_of_change")
+        spectral = norm / math.sqrt(stable_rank) if stable_rank else 0.0
         noise = same_norm_bands(
             base,
             norm,
@@ -141,8 +143,13 @@ class MatrixQuestion:
         return change.sub_(self.reference.tensor(self.matrix.name))
 
     def _rounding(self) -> float:
-        """Frobenius norm of the rounding that storing the coarser of the two has cost."""
+        """Frobenius norm of the rounding that storing the coarser of the two has cost.
+
+        0 for equal types: what differs there was changed, be it in a few entries only, as RL in bfloat16 does.
+        """
         names = (self.reference.dtypes[self.matrix.name], self.target.dtypes[self.matrix.name])
+        if names[0] == names[1]:
+            return 0.0
         dtype = max((getattr(torch, name) for name in names), key=lambda each: torch.finfo(each).eps)
         weight = self.reference.tensor(self.matrix.name).flatten()
         return math.hypot(*(rounding_norm(block, dtype) for block in torch.split(weight, BLOCK)))

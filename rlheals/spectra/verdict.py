@@ -91,7 +91,7 @@ def judge(measures: Sequence[Measure], base: FactorView, rounding: float = 0.0) 
     tests = _tests(values, base)
     p_value, test = min(tests)
     corrected = min(1.0, p_value * len(tests))
-    return Verdict(_decide(corrected, share), f"{test}, p = {corrected:.2g}", corrected, corrected, relative, share)
+    return Verdict(_decide(corrected, share), f"{test}, {_p_text(corrected)}", corrected, corrected, relative, share)
 
 
 def correct(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -109,6 +109,11 @@ def _decide(p_value: float, stretch_share: float) -> str:
     if p_value > SIGNIFICANCE:
         return NOISE
     return MAGNITUDE if stretch_share >= 0.5 else ROTATION
+
+
+def _p_text(p_value: float) -> str:
+    """``p = 0.012``; below the smallest float, that it is."""
+    return f"p = {p_value:.2g}" if p_value > 0 else "p < 1e-300"
 
 
 def _tests(values: dict[tuple[str, int | None], float], base: FactorView) -> list[tuple[float, str]]:
