@@ -232,6 +232,23 @@ class Spectra(Block):
     cache_gib: Rate
 
 
+class Restore(Block):
+    """Which edits ``restore`` tries on the weights of SFT_End, of the RL branch and of the rungs RL starts from."""
+
+    references: Annotated[list[Literal["base", "sft_max_ood"]], Field(min_length=1)]
+    layer_blocks: Positive
+    heads: Annotated[list[Annotated[Number, Field(gt=0, le=1)]], Field(min_length=1)]
+    tails: list[Annotated[Number, Field(gt=0, lt=1)]]
+    doses: list[Annotated[Number, Field(gt=0, lt=1)]]
+    starts: StrictBool
+    official: StrictBool
+    screen: Positive
+    best: Count
+    id_budget: Probability
+    control_draws: Positive
+    cache_gib: Rate
+
+
 class Report(Block):
     """The report."""
 
@@ -256,6 +273,7 @@ class Params(Block):
     ppo: Ppo
     probe_rl: ProbeRl
     spectra: Spectra
+    restore: Restore
     report: Report
 
     @field_validator("models", "seeds")

@@ -285,6 +285,53 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "noise_low": pl.Float64,
         "noise_high": pl.Float64,
     },
+    # One weight edit on one split. "before" is the unedited target on the same hands.
+    "cells": {
+        **_RUN,
+        "cell_id": pl.String,
+        "split": pl.String,  # select (screened) | confirm
+        "group": pl.String,  # the part of the grid it belongs to
+        "operator": pl.String,
+        "basis": pl.String,  # u | v | uv | sigma | all
+        "reference": pl.String,
+        "target": pl.String,
+        "layers": pl.String,  # e.g. "0-9"; "all"
+        "modules": pl.String,
+        "rank_from": pl.Float64,  # share of each matrix's rank
+        "rank_to": pl.Float64,
+        "dose": pl.Float64,
+        "control_of": pl.String,  # cell_id; "" for an edit of its own
+        "draw": pl.Int64,  # of a random control
+        "official": pl.Boolean,
+        "contrast": pl.Boolean,  # pre-registered
+        "matrices": pl.Int64,
+        "orthogonality_defect": pl.Float64,  # largest over the matrices, before re-orthonormalisation
+        "change_norm": pl.Float64,  # of the edit, relative to the target's weights in scope
+        "n": pl.Int64,  # hands a condition
+        "id_accuracy": pl.Float64,
+        "id_low": pl.Float64,  # 95 % Wilson
+        "id_high": pl.Float64,
+        "id_before": pl.Float64,
+        "id_difference": pl.Float64,
+        "id_difference_low": pl.Float64,  # Newcombe's paired interval
+        "id_difference_high": pl.Float64,
+        "ood_accuracy": pl.Float64,
+        "ood_low": pl.Float64,
+        "ood_high": pl.Float64,
+        "ood_before": pl.Float64,
+        "ood_difference": pl.Float64,
+        "ood_difference_low": pl.Float64,
+        "ood_difference_high": pl.Float64,
+        "ood_peak": pl.Float64,  # SFT_MaxOOD on the same hands
+        "recovery": pl.Float64,  # ood_difference / (ood_peak - ood_before); null where nothing was lost
+        "p_value": pl.Float64,  # exact McNemar against the unedited target, OOD
+        "p_holm": pl.Float64,  # over the confirmed cells that are no controls; null elsewhere
+        "p_control": pl.Float64,  # exact McNemar against its best control, OOD; null elsewhere
+        "best_control": pl.String,
+        "format_error_rate": pl.Float64,  # of OOD answers
+        "seconds": pl.Float64,
+        "bytes": pl.Int64,  # weights that changed
+    },
 }
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from rlheals.reporting import claims_rl, claims_spectra
+from rlheals.reporting import claims_restoration, claims_rl, claims_spectra
 from rlheals.reporting.branches import load_branches
 from rlheals.reporting.claims import CLAIMS, FAILS, HOLDS, evaluate
 from rlheals.reporting.drift import load_drift
+from rlheals.reporting.repairs import load_repairs
 from rlheals.reporting.sections.core import Content, Section
 from rlheals.reporting.words import listed
 
@@ -23,7 +24,7 @@ _WORDS = {HOLDS: "holds", FAILS: "does not hold"}
 
 
 def build(study: Study) -> Content:
-    """Verdicts of all claims in all runs: those about SFT, and those about RL and about weights where these ran."""
+    """Verdicts of all claims in all runs: those about SFT, and those about RL, weights and edits where these ran."""
     families: dict[str, tuple[str, Sequence[Claim], pl.DataFrame]] = {
         "claims.csv": ("Supervised fine-tuning", CLAIMS, evaluate(study))
     }
@@ -35,6 +36,10 @@ def build(study: Study) -> Content:
     if drift is not None:
         table = claims_spectra.evaluate(study, drift)
         families["claims_spectra.csv"] = ("Weights and hidden states", claims_spectra.CLAIMS, table)
+    repairs = load_repairs(study)
+    if repairs is not None:
+        table = claims_restoration.evaluate(study, repairs)
+        families["claims_restoration.csv"] = ("Weight edits", claims_restoration.CLAIMS, table)
     return Content(
         context={"families": [_family(*family) for family in families.values()]},
         findings=[

@@ -1,0 +1,172 @@
+"""``rlheals patch``: the change of a model as a file of its own: made, applied, undone, joined, shown, exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlheals.commands._shared import EPILOG, Json, print_json
+
+if TYPE_CHECKING:
+    from rlheals.restoration.patch import Entry, Origin, Patch
+
+PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")]
+OutFile = Annotated[Path, typer.Option("--out", help="File for the new patch.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="New folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command group."""
+    group = typer.Typer(
+        help="The change of a model as a file of its own, exact to the bit.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    for command in (make, apply, invert, compose, show, lora):
+        group.command(epilog=EPILOG)(command)
+    app.add_typer(group, name="patch")
+
+
+def make(
+    before: Annotated[Path, typer.Argument(help="Hugging Face folder of the model before.")],
+    after: Annotated[Path, typer.Argument(help="Folder of the model after, of the same architecture and type.")],
+    out: OutFile,
+    as_json: Json = False,
+) -> None:
+    """Write what leads from BEFORE to AFTER; each tensor's change is applied once to check that it is exact."""
+    from rlheals.restoration.patch import make_patch
+
+    make_patch(before, after, out)
+    _tell(out, as_json)
+
+
+def apply(
+    patch: PatchFile,
+    model: Annotated[Path, typer.Argument(help="Folder of the model it was made for; it is not changed.")],
+    out: OutFolder,
+    shard_gb: Annotated[float, typer.Option(min=0.0001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL with the patch applied: bit for bit the edited weights; another model is refused."""
+    from rlheals.restoration.folder_edit import patch_card
+    from rlheals.restoration.patch import Patch, identify
+    from rlheals.restoration.write_model import check_out, write_model
+    from rlheals.spectra.reader import Weights
+
+    check_out(out, model, patch)
+    with Patch(patch) as opened, Weights(model) as weights:
+        opened.check_base(weights)
+        source, names, title = identify(weights), list(opened.entries), out.resolve().name
+        digest = write_model(
+            weights,
+            lambda name: opened.apply(name, weights.tensor(name)) if name in opened.entries else None,
+            lambda found: patch_card(opened.origins, source, names, title, found),
+            out,
+            round(shard_gb * 10**9),
+        )
+    if as_json:
+        print_json({"out": str(out), "changed": names, "weights_sha256": digest})
+        return
+    typer.echo(f"wrote {out}: {len(names)} tensors changed, sha256 of the weights {digest}")
+
+
+def invert(patch: PatchFile, out: OutFile, as_json: Json = False) -> None:
+    """Write the patch that undoes PATCH."""
+    from rlheals.restoration.patch import invert_patch
+
+    invert_patch(patch, out)
+    _tell(out, as_json)
+
+
+def compose(
+    first: Annotated[Path, typer.Argument(help="The patch to apply first.")],
+    second: Annotated[Path, typer.Argument(help="The patch to apply to what the first gives.")],
+    out: OutFile,
+    as_json: Json = False,
+) -> None:
+    """Write one patch that does what FIRST and then SECOND do; a change that cancels out is dropped."""
+    from rlheals.restoration.patch import compose_patches
+
+    compose_patches(first, second, out)
+    _tell(out, as_json)
+
+
+def show(patch: PatchFile, as_json: Json = False) -> None:
+    """Print what a patch changes, what made it, and which model it is for."""
+    _tell(patch, as_json)
+
+
+def lora(
+    patch: PatchFile,
+    model: Annotated[Path, typer.Argument(help="Folder of the model it was made for.")],
+    out: OutFolder,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank.", show_default="a quarter of each matrix's")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Largest relative error of a tensor's change, beyond rounding.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Write a LoRA adapter in the format of PEFT, if each tensor's change is of low rank.
+
+    An adapter is close to the patch but not exact: the largest error is printed.
+    """
+    from dataclasses import asdict
+
+    from rlheals.restoration.adapter import export_lora
+
+    done = export_lora(patch, model, out, most=rank, tolerance=tolerance)
+    if as_json:
+        print_json({"out": str(out), "adapted": [asdict(each) for each in done]})
+        return
+    ranks = sorted({each.rank for each in done})
+    typer.echo(
+        f"wrote {out}: {len(done)} matrices, ranks {ranks[0]} to {ranks[-1]}, largest relative error of a change "
+        f"{max(each.error for each in done):.2g}"
+    )
+
+
+def _tell(path: Path, as_json: bool) -> None:
+    from rlheals.restoration.patch import Patch
+
+    with Patch(path) as patch:
+        if as_json:
+            print_json(as_content(patch))
+            return
+        weights = sum(_weight_bytes(entry) for entry in patch.entries.values())
+        typer.echo(f"{path}: {len(patch.entries)} tensors, {patch.bytes:,} bytes for {weights:,} bytes of weights")
+        for origin in patch.origins:
+            typer.echo(f"  {_origin(origin)}")
+        for name, entry in patch.entries.items():
+            kind = ", ".join(f"rank {rank} with what rounding left" if rank else "each number" for rank in entry.ranks)
+            typer.echo(f"  {name}  {entry.dtype} {list(entry.shape)}  {kind}; for sha256 {entry.before[:12]}…")
+
+
+def as_content(patch: Patch) -> dict[str, Any]:
+    """What ``--json`` prints of a patch."""
+    from dataclasses import asdict
+
+    return {
+        "patch": str(patch.path),
+        "bytes": patch.bytes,
+        "origins": [asdict(origin) for origin in patch.origins],
+        "tensors": {name: asdict(entry) for name, entry in patch.entries.items()},
+    }
+
+
+def _origin(origin: Origin) -> str:
+    from rlheals.restoration.edit import from_recipe
+
+    what = from_recipe(origin.recipe).cell_id if origin.recipe else "the difference of two models"
+    return f"{'undoes ' if origin.inverted else ''}{what}, made for {origin.target.get('name', 'an unnamed model')}"
+
+
+def _weight_bytes(entry: Entry) -> int:
+    from math import prod
+
+    from rlheals.restoration.tensor_file import DTYPES
+
+    return prod(entry.shape) * DTYPES[entry.dtype].itemsize

@@ -1,0 +1,1 @@
+"""Edits that turn a fine-tuned model back, their controls, and repairs small enough to mail."""

@@ -1,0 +1,225 @@
+"""One edit of one model folder, tensor by tensor, and the model card that tells what was done."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlheals import __version__
+from rlheals.restoration.edit import DOSED, Edit
+from rlheals.restoration.operators import Edited, Pair, apply_edit
+from rlheals.restoration.patch import Origin, identify
+from rlheals.restoration.plan import needs_factors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from rlheals.restoration.grid import ModelSet
+    from rlheals.spectra.reader import Weights
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one tensor.
+
+    Attributes:
+        name: of the tensor.
+        shape: of it.
+        ranks: the edited window, as ``0-26 of 128``; empty where the edit does not read the spectrum.
+        relative: ``‖edited − target‖_F / ‖target‖_F``.
+        defect: orthogonality defect of the mixed bases, see `rlheals.restoration.operators.Edited`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ranks: str
+    relative: float
+    defect: float
+
+
+class FolderEdit:
+    """An edit of the target's folder; `edited` does one tensor after the other and `changes` keeps the figures.
+
+    Attributes:
+        edit: what is done.
+        names: tensors that may change, in the model's order; a tied head stored on its own is one of them when the
+            embedding is.
+        changes: one entry for each tensor done so far.
+    """
+
+    def __init__(self, edit: Edit, models: ModelSet) -> None:
+        """Plan the edit.
+
+        Raises:
+            UserError: the scope names a module or layer that the model does not have, or selects nothing.
+        """
+        self.edit, self._models = edit, models
+        self.target: Weights = models.weights[edit.target]
+        self.reference: Weights = models.weights[edit.reference]
+        chosen = edit.names(self.target.topology)
+        self._twins = _twins(self.target, chosen)
+        self.names = tuple(name for name in self.target.shapes if name in chosen or name in self._twins)
+        self.changes: list[Change] = []
+
+    def edited(self, name: str) -> Edited | None:
+        """The edited tensor; None outside the scope.
+
+        Raises:
+            UserError: the operator cannot take this tensor, or a tensor cannot be read.
+        """
+        if name not in self.names:
+            return None
+        source = self._twins.get(name, name)
+        views = [self._models.view(model, source) for model in (self.edit.reference, self.edit.target)]
+        if needs_factors(self.edit) and len(self.target.shapes[name]) == 2:
+            for view in views:  # decomposing takes most of the memory, so it is done while no weight is held
+                view.factors()
+        done = apply_edit(self.edit, Pair(*views), name=source)
+        norm = float(torch.linalg.vector_norm(done.tensor.float())) if done.change_norm else 0.0
+        self.changes.append(self._change(name, done.change_norm, norm, done.orthogonality_defect))
+        return done
+
+    def planned(self) -> list[Change]:
+        """What would be done, without reading a weight; the figures are not known yet."""
+        return [self._change(name, math.nan, 1.0, math.nan) for name in self.names]
+
+    def origin(self) -> Origin:
+        """What a patch of this edit says of itself."""
+        return Origin(self.edit.recipe(), identify(self.reference), identify(self.target))
+
+    def _change(self, name: str, norm: float, whole: float, defect: float) -> Change:
+        shape = self.target.shapes[name]
+        ranks = ""
+        if len(shape) == 2 and self.edit.operator not in ("swap", "reset", "interpolate", "noise"):
+            span = self.edit.window.slice(min(shape))
+            ranks = f"{span.start}-{span.stop} of {min(shape)}"
+        return Change(name, shape, ranks, norm / whole if norm else 0.0, defect)
+
+
+def model_names(reference: Path, target: Path) -> tuple[str, str]:
+    """Names for the two models: of their folders, with the folder above where these are the same."""
+    folders = reference.resolve(), target.resolve()
+    names = tuple(folder.name for folder in folders)
+    if names[0] == names[1]:
+        names = tuple(f"{folder.parent.name}-{folder.name}" for folder in folders)
+    if names[0] == names[1]:
+        names = (f"{names[0]}-reference", f"{names[1]}-target")
+    return names[0], names[1]
+
+
+def command(edit: Edit) -> str:
+    """The command line that makes the edit again."""
+    scope = edit.scope
+    options = {"operator": edit.operator, "basis": edit.basis, "window": edit.window.text}
+    if scope.layers is not None:
+        options["layers"] = ",".join(map(str, scope.layers))
+    if scope.modules:
+        options["modules"] = ",".join(scope.modules)
+    if edit.operator in DOSED:
+        options["dose"] = repr(edit.dose)
+    if edit.seed:
+        options["seed"] = str(edit.seed)
+    flags = {"embeddings": scope.embeddings, "head": scope.head, "official": edit.official}
+    words = ["rlheals", "restore", edit.reference, edit.target]
+    words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    return shlex.join([*words, *(f"--{name}" for name, given in flags.items() if given), "--out", "DIR"])
+
+
+def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
+    """The model card of an edited model: recipe, sources, and what changed by how much."""
+    edit = done.edit
+    largest = sorted(done.changes, key=lambda change: -change.relative)
+    changed = [change for change in largest if change.relative]
+    rows = [f"| {c.name} | {list(c.shape)} | {c.ranks} | {c.relative:.3g} | {c.defect:.3g} |" for c in done.changes]
+    return "\n".join(
+        [
+            *_front(title),
+            f"The weights of `{edit.target}`, edited towards those of `{edit.reference}` without training, by rlheals "
+            f"{__version__} with torch {torch.__version__}. The edit is `{edit.operator}` ({edit.basis}), ranks "
+            f"`{edit.window.text}`; {len(changed)} of {len(done.target.shapes)} tensors changed"
+            + (f", at most by {100 * changed[0].relative:.3g} % (relative Frobenius norm)." if changed else "."),
+            "",
+            *_sources({"reference": origin.reference, "target": origin.target}, digest),
+            "## Recipe",
+            "",
+            "```",
+            command(edit),
+            "```",
+            "",
+            "```json",
+            json.dumps(edit.recipe(), indent=1, sort_keys=True),
+            "```",
+            "",
+            "## What changed",
+            "",
+            "Ranks count from the largest singular value. The change is relative to the edited tensor; the defect is "
+            "how far the vectors of both models, put side by side, are from orthonormal.",
+            "",
+            "| tensor | shape | ranks | relative change | defect |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            *_licence(edit.target),
+        ]
+    )
+
+
+def patch_card(
+    origins: Iterable[Origin], target: Mapping[str, str], names: Sequence[str], title: str, digest: str
+) -> str:
+    """The model card of a model that a patch was applied to."""
+    history = [
+        {"recipe": dict(o.recipe), "reference": dict(o.reference), "target": dict(o.target), "inverted": o.inverted}
+        for o in origins
+    ]
+    return "\n".join(
+        [
+            *_front(title),
+            f"The weights of `{target['name']}` with a patch of rlheals applied, which changed {len(names)} tensors. "
+            f"Applied by rlheals {__version__}.",
+            "",
+            *_sources({"target": target}, digest),
+            "## Recipe",
+            "",
+            "The changes in the patch, in order. One without a recipe is the plain difference of two models; an "
+            "inverted one was undone.",
+            "",
+            "```json",
+            json.dumps(history, indent=1, sort_keys=True),
+            "```",
+            "",
+            "## What changed",
+            "",
+            *(f"- {name}" for name in names),
+            "",
+            *_licence(target["name"]),
+        ]
+    )
+
+
+def _front(title: str) -> list[str]:
+    return ["---", "library_name: transformers", "tags:", "- rlheals", "---", "", f"# {title}", ""]
+
+
+def _sources(models: Mapping[str, Mapping[str, str]], digest: str) -> list[str]:
+    rows = [f"| {role} | {model['name']} | `{model['weights_sha256']}` |" for role, model in models.items()]
+    return ["| | model | sha256 of the weights |", "|---|---|---|", *rows, f"| this model | | `{digest}` |", ""]
+
+
+def _licence(target: str) -> list[str]:
+    return [f"The licence and terms of `{target}` apply to this model too.", ""]
+
+
+def _twins(target: Weights, chosen: Sequence[str]) -> dict[str, str]:
+    """A tied head that is stored on its own, and the embedding it must follow."""
+    if not target.topology.tied:
+        return {}
+    embeddings = [m.name for m in target.topology.matrices if m.kind == "embedding" and m.name in chosen]
+    heads = [name for name in target.topology.left_out if name.rpartition(".")[0].endswith("lm_head")]
+    return {head: embeddings[0] for head in heads if embeddings and head.endswith(".weight")}

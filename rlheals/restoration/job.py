@@ -1,0 +1,163 @@
+"""One matrix of one edit: both models' tensors and factors, read when an operator asks for them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlheals.restoration.orthonormal import gather
+from rlheals.spectra.angles import SIDES, Side, side_reader
+from rlheals.spectra.factors import FactorView, MemoryFactors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from rlheals.restoration.edit import Edit
+
+_CACHED = 1 << 16  # entries of a block that is worked on at once
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """One tensor of one model: both parts are called only when an operator needs them.
+
+    Attributes:
+        tensor: gives it as stored.
+        factors: gives its singular value decomposition; never called for a vector.
+    """
+
+    tensor: Callable[[], Tensor]
+    factors: Callable[[], FactorView]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> MatrixView:
+        """A tensor in memory, decomposed with LAPACK in float64 at the first need; for tests and small matrices."""
+        made: list[FactorView] = []
+
+        def factors() -> FactorView:
+            if not made:
+                made.append(MemoryFactors.of(tensor))
+            return made[0]
+
+        return cls(lambda: tensor, factors)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same tensor of the reference and of the target."""
+
+    reference: MatrixView
+    target: MatrixView
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An edited tensor.
+
+    Attributes:
+        tensor: in the target's dtype; may be the very tensor of the target or of the reference, so never write to it.
+        orthogonality_defect: ``‖QᵀQ − 1‖_F / √r`` of the bases that hold vectors of both models, put side by side as
+            they are: 0 where no basis is mixed, the larger of both sides otherwise. With ``official`` the edited matrix
+            has these bases; else it is what was repaired. On the longer side of a matrix that is not square, the new
+            vectors are held against all that is orthogonal to the old ones, which makes it an upper bound.
+        change_norm: ``‖edited − target‖_F``, after rounding to the dtype.
+    """
+
+    tensor: Tensor
+    orthogonality_defect: float
+    change_norm: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One matrix of one edit, as the operators see it."""
+
+    edit: Edit
+    name: str
+    pair: Pair
+    read: dict[tuple[bool, Side, str], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The target as stored."""
+        return self.pair.target.tensor()
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The reference in the target's dtype; the tensor itself where that is its own."""
+        return self.pair.reference.tensor().to(self.target.dtype)
+
+    @cached_property
+    def base(self) -> FactorView:
+        """Factors of the reference."""
+        return self.pair.reference.factors()
+
+    @cached_property
+    def tuned(self) -> FactorView:
+        """Factors of the target."""
+        return self.pair.target.factors()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.float64 if self.target.dtype == torch.float64 else torch.float32
+
+    @property
+    def rank(self) -> int:
+        """min(m, n)."""
+        return min(self.target.shape)
+
+    @property
+    def window(self) -> slice:
+        """The edit's columns of this matrix."""
+        return self.edit.window.slice(self.rank)
+
+    @property
+    def width(self) -> int:
+        """How many columns."""
+        return int(self.window.stop - self.window.start)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Which bases the edit takes from the reference."""
+        return {"u": SIDES[:1], "v": SIDES[1:]}.get(self.edit.basis, SIDES)
+
+    def wide(self, tensor: Tensor) -> Tensor:
+        """A fresh copy to compute in."""
+        return tensor.to(self.dtype, copy=True)
+
+    def columns(self, view: FactorView, side: Side, spans: list[slice]) -> Tensor:
+        """Some singular vectors of the reference or the target, each read once."""
+        key = (view is self.base, side, str(spans))
+        if key not in self.read:
+            self.read[key] = gather(side_reader(view, side), spans, self.dtype)
+        return self.read[key]
+
+    def spectrum(self, values: Tensor, span: slice) -> Tensor:
+        """Some singular values."""
+        return values[span].to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an operator returns: a tensor of any float dtype, and the defect that `Edited` describes."""
+
+    tensor: Tensor
+    defect: float = 0.0
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """``‖one − other‖_F``, a block of rows at a time so that the difference stays in the processor's cache."""
+    wide = torch.float64 if one.dtype == torch.float64 else torch.float32
+    rows = max(1, _CACHED // max(1, one[:1].numel()))
+    squares = 0.0
+    for start in range(0, len(one), rows):
+        part = one[start : start + rows].to(wide) - other[start : start + rows].to(wide)
+        squares += float(torch.linalg.vector_norm(part)) ** 2
+    return math.sqrt(squares)

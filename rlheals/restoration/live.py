@@ -1,0 +1,179 @@
+"""Edits on a live engine: the tensors of a cell go in, the target's own come back, nothing is loaded or written.
+
+With an engine whose model can be reached, a parameter is pointed to the edited tensor and later back to its own memory,
+which has not been written to: no weight is copied either way. What is live afterwards is read once and compared with
+a checksum of the target's file. Other engines are given the full state, edited and again unedited, and must then score
+the sentinel prompts as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlheals.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlheals.inference import Engine
+    from rlheals.spectra.reader import Weights
+
+_WORDS = 512  # words of 8 bytes in a row of the checksum's table
+
+
+class FileState(Mapping[str, "Tensor"]):
+    """The full state of a model folder, read tensor by tensor as it is asked for."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._weights.shapes:
+            raise KeyError(name)
+        return self._weights.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.shapes)
+
+    def __len__(self) -> int:
+        return len(self._weights.shapes)
+
+
+class LiveModel:
+    """One target behind a live engine, and at most one edit of it at a time.
+
+    Attributes:
+        engine: the engine; it holds the target's weights whenever no edit is applied.
+    """
+
+    def __init__(self, engine: Engine, target: Mapping[str, Tensor]) -> None:
+        """Give the engine the target's weights.
+
+        Args:
+            engine: any engine that can swap.
+            target: full state of the target by name; read again, tensor by tensor, for checksums.
+
+        Raises:
+            UserError: the state does not fit the engine's model.
+        """
+        self.engine, self._target = engine, target
+        self._checksums: dict[str, str] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._edited = False
+        engine.swap(target)
+        model = getattr(engine, "model", None)
+        self._parameters: dict[str, Any] | None = None
+        if isinstance(model, torch.nn.Module):
+            self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        else:
+            self._fingerprint = engine.fingerprint()
+
+    def apply(self, changes: Mapping[str, Tensor]) -> int:
+        """Make these tensors live and return how many bytes of weights they are; the caller must not write to them.
+
+        Names of tied weights stand for one tensor, which changes under both.
+
+        Raises:
+            UserError: an edit is applied already, or a tensor is unknown or has another shape.
+        """
+        if self._edited:
+            raise UserError("an edit is live already; revert it before the next one is applied.")
+        for name, tensor in changes.items():
+            self._check(name, tensor)
+        self._edited = True
+        if self._parameters is None:
+            self.engine.swap({**self._target, **changes})
+            return sum(tensor.numel() * tensor.element_size() for tensor in changes.values())
+        size, seen = 0, set()
+        for name, tensor in changes.items():
+            parameter = self._parameters[name]
+            if id(parameter) in seen:  # another name of a tied tensor
+                continue
+            seen.add(id(parameter))
+            self._checksum_of_target(name)
+            self._kept[name] = parameter.data
+            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype).contiguous()
+            size += parameter.numel() * parameter.element_size()
+        return size
+
+    def revert(self) -> None:
+        """Make the target live again.
+
+        Raises:
+            UserError: what is live then is not the target, bit for bit; the engine must not be used any more.
+        """
+        if not self._edited:
+            return
+        self._edited = False
+        if self._parameters is None:
+            self.engine.swap(self._target)
+            if self.engine.fingerprint() != self._fingerprint:
+                raise _not_reverted("its sentinel log-probabilities differ from those before the edit")
+            return
+        kept, self._kept = self._kept, {}
+        for name, data in kept.items():
+            self._parameters[name].data = data
+        for name in kept:
+            if checksum(self._parameters[name].data) != self._checksum_of_target(name):
+                raise _not_reverted(f"tensor {name} is not the target's")
+
+    @contextmanager
+    def edited(self, changes: Mapping[str, Tensor]) -> Iterator[int]:
+        """`apply` for the length of a ``with`` block, and `revert` at its end, come what may.
+
+        Raises:
+            UserError: see `apply` and `revert`.
+        """
+        try:
+            yield self.apply(changes)
+        finally:
+            self.revert()
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        known = self._target if self._parameters is None else self._parameters
+        if name not in known:
+            raise UserError(f"the live model has no tensor {name}; edit a model of the same architecture.")
+        if known[name].shape != tensor.shape:
+            raise UserError(
+                f"tensor {name} is {list(known[name].shape)} in the live model, its edit is {list(tensor.shape)}; "
+                "edit a model of the same architecture."
+            )
+
+    def _checksum_of_target(self, name: str) -> str:
+        """Checksum of the target's tensor with the live model's type; where its file ties it away, of the live one."""
+        if name not in self._checksums:
+            live = (self._parameters or {})[name]
+            stored = self._target[name].to(live.dtype) if name in self._target else live.data
+            self._checksums[name] = checksum(stored)
+        return self._checksums[name]
+
+
+def checksum(tensor: Tensor) -> str:
+    """Hex sha256 over the row and column sums of a tensor's bytes, laid out as a table of 64-bit words.
+
+    Any one changed word, and any exchange of two unequal ones, changes it. It reads memory as fast as it comes; sha256
+    of the bytes themselves takes several times as long as copying them.
+    """
+    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # words must start where a word may start
+    words, rest = divmod(data.numel(), 8)
+    whole = data[: words * 8].view(torch.int64)
+    rows = words // _WORDS
+    table, last = whole[: rows * _WORDS].view(rows, _WORDS), whole[rows * _WORDS :]
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    for part in (table.sum(dim=0), table.sum(dim=1), last, data[data.numel() - rest :]):
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _not_reverted(reason: str) -> UserError:
+    return UserError(
+        f"after the edit was taken back the engine does not hold the target's weights: {reason}. Its answers cannot be "
+        "trusted; run again, and choose another engine (inference.engine) if it happens again."
+    )

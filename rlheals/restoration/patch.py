@@ -1,0 +1,363 @@
+"""Patch files: the change of a model's weights, without the model, exact to the bit.
+
+A patch is one safetensors file. Its metadata says, in JSON, what made it (`Origin`), and for each tensor its type,
+shape and sha256 before and after; the tensors are the steps from one to the other (see `rlheals.restoration.exact`).
+Each step can be gone back and steps follow one another, so patches are inverted and composed without any model, and
+what is applied gives the edited weights bit for bit on every machine. Nothing holds more than one weight at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from rlheals import __version__
+from rlheals.errors import UserError
+from rlheals.restoration.exact import Counts, Step, make_step, pack, unpack
+from rlheals.restoration.tensor_file import DTYPES, NAMES, TensorFile, TensorFileWriter, raw
+from rlheals.spectra.reader import Weights, check_same
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+FORMAT = "rlheals.patch"
+VERSION = 1
+_FACTORS = ("left", "right")
+_WAYS = ("forward", "backward")
+_PARTS = ("dense", "positions", "values")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What one of the changes in a patch is.
+
+    Attributes:
+        recipe: `Edit.recipe` of the edit; empty for the plain difference of two models.
+        reference: name and sha256 of the weights that were gone back to; empty for a plain difference.
+        target: the same of the weights that were changed.
+        inverted: the patch undoes this change.
+        version: of rlheals.
+    """
+
+    recipe: Mapping[str, Any]
+    reference: Mapping[str, str]
+    target: Mapping[str, str]
+    inverted: bool = False
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a patch.
+
+    Attributes:
+        dtype: as safetensors names it.
+        shape: of the weight.
+        before: `tensor_digest` of what the patch applies to.
+        after: the same of what it gives.
+        ranks: of each step, in order; 0 for a step that has no factors.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    before: str
+    after: str
+    ranks: tuple[int, ...]
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Hex sha256 over type, shape and bytes: what `Weights.digest` gives for a tensor on disk."""
+    sha = hashlib.sha256(f"{NAMES[tensor.dtype]} {list(tensor.shape)} ".encode())
+    sha.update(raw(tensor))
+    return sha.hexdigest()
+
+
+def model_digest(weights: Weights) -> str:
+    """Hex sha256 over names and digests of all tensors of a model: the same however it is cut into files."""
+    return digest_of({name: weights.digest(name) for name in weights.shapes})
+
+
+def digest_of(tensors: Mapping[str, str]) -> str:
+    """`model_digest` from the digests of a model's tensors."""
+    return hashlib.sha256(
+        "\n".join(sorted(f"{name} {digest}" for name, digest in tensors.items())).encode()
+    ).hexdigest()
+
+
+def identify(weights: Weights) -> dict[str, str]:
+    """Name of a model's folder, without where it lies, and the sha256 of its weights."""
+    return {"name": weights.path.resolve().name, "weights_sha256": model_digest(weights)}
+
+
+class Patch:
+    """A patch file open for reading; a context manager.
+
+    Attributes:
+        path: the file.
+        origins: what its changes are, in order.
+        entries: its tensors by name, in the model's order.
+        bytes: size of the file.
+
+    Raises:
+        UserError: the file is missing, damaged, no patch, or of a later version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = TensorFile(path)
+        try:
+            content = self._content()
+            self.origins = tuple(Origin(**origin) for origin in content["origins"])
+            self.entries = {
+                name: Entry(**entry | {"shape": tuple(entry["shape"]), "ranks": tuple(entry["ranks"])})
+                for name, entry in content["tensors"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self.close()
+            raise UserError(f"{path} is a damaged patch ({error}); make it again.") from error
+        except UserError:
+            self.close()
+            raise
+        self.bytes = self._file.bytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; harmless when it is closed."""
+        self._file.__exit__()
+
+    def steps(self, name: str) -> Iterator[Step]:
+        """The steps of one tensor, in order, each read when it is asked for."""
+        for number in range(len(self.entries[name].ranks)):
+            stored = {
+                part: self._file.tensor(f"{name}/{number}/{part}")
+                for part in _part_names()
+                if f"{name}/{number}/{part}" in self._file.shapes
+            }
+            forward, backward = (Counts(*(stored.get(f"{way}.{part}") for part in _PARTS)) for way in _WAYS)
+            factored = self.entries[name].ranks[number] > 0
+            if factored != ("left" in stored and "right" in stored):
+                raise UserError(f"{self.path} lacks the factors of {name}; make it again.")
+            yield Step(stored.get("left"), stored.get("right"), forward, backward if factored else None)
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """The changed tensor, bit for bit.
+
+        Raises:
+            UserError: the result is not what the patch says, because the file was altered.
+        """
+        for step in self.steps(name):
+            tensor = step.apply(tensor)
+        if tensor_digest(tensor) != self.entries[name].after:
+            raise UserError(f"{self.path} does not give the {name} that it promises, so it was altered; make it again.")
+        return tensor
+
+    def check_base(self, weights: Weights) -> None:
+        """Check that these are the weights the patch was made for; reads the tensors that it changes.
+
+        Raises:
+            UserError: naming the first tensor that is absent or differs.
+        """
+        for name, entry in self.entries.items():
+            if name not in weights.shapes:
+                raise UserError(
+                    f"{weights.path} has no tensor {name}, which {self.path} changes; apply it to {self._for}."
+                )
+            found = weights.digest(name)
+            if found == entry.before:
+                continue
+            if found == entry.after:
+                raise UserError(
+                    f"{weights.path} already has the {name} that {self.path} gives; there is nothing to apply."
+                )
+            raise UserError(
+                f"{self.path} does not fit {weights.path}: the sha256 of {name} is {found[:12]}…, the patch is for "
+                f"{entry.before[:12]}…; apply it to {self._for}."
+            )
+
+    @property
+    def _for(self) -> str:
+        first = self.origins[0] if self.origins else None
+        return f"{first.target.get('name', 'its own base')} or weights equal to it" if first else "its own base"
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self._file.metadata.get(FORMAT, "{}"))
+        if not content:
+            raise UserError(f"{self.path} is no patch of rlheals; name a file that `rlheals patch make` wrote.")
+        if content["version"] != VERSION:
+            raise UserError(
+                f"{self.path} is a patch of format {content['version']}, this rlheals {__version__} reads {VERSION}; "
+                "update rlheals."
+            )
+        return content
+
+
+class PatchWriter:
+    """Writes a patch tensor by tensor; the file appears when `finish` is called, or not at all.
+
+    Raises:
+        UserError: the path holds something else than a patch.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_patch_target(path)
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self._file = TensorFileWriter(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.__exit__()
+
+    def add(self, name: str, before: Tensor, after: Tensor) -> None:
+        """Store the change of one tensor; an unchanged one is left out.
+
+        What was stored is applied once, and the result compared bit for bit.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        digests = tensor_digest(before), tensor_digest(after)
+        if digests[0] == digests[1]:
+            return
+        step = make_step(before, after)
+        if tensor_digest(step.apply(before)) != digests[1]:
+            raise RuntimeError(f"the stored change of {name} does not give the edited weights")
+        self.add_steps(name, Entry(NAMES[before.dtype], tuple(before.shape), *digests, ranks=()), [step])
+
+    def add_steps(self, name: str, entry: Entry, steps: Iterator[Step] | Sequence[Step]) -> None:
+        """Store steps as they are; ``entry`` without its ranks."""
+        ranks = []
+        for number, step in enumerate(steps):
+            for part, tensor in _parts(step):
+                self._file.add(f"{name}/{number}/{part}", tensor)
+            ranks.append(step.rank)
+        self.entries[name] = replace(entry, ranks=tuple(ranks))
+
+    def finish(self, origins: Sequence[Origin]) -> None:
+        """Write the file."""
+        content = {
+            "version": VERSION,
+            "origins": [asdict(origin) for origin in origins],
+            "tensors": {name: asdict(entry) for name, entry in self.entries.items()},
+        }
+        self._file.finish({FORMAT: json.dumps(content)})
+
+
+def make_patch(before: Path, after: Path, out: Path) -> None:
+    """Write the patch from one model to another of the same architecture.
+
+    Raises:
+        UserError: the models differ in names, shapes or types, do not differ at all, or cannot be read; see also
+            `PatchWriter`.
+    """
+    with Weights(before) as old, Weights(after) as new:
+        check_same(old, new)
+        names = [name for name in old.shapes if name in new.shapes and old.digest(name) != new.digest(name)]
+        if not names:
+            raise UserError(f"{after} has the very weights of {before}, so there is nothing to patch.")
+        for name in names:
+            if old.dtypes[name] != new.dtypes[name]:
+                raise UserError(
+                    f"{name} is {old.dtypes[name]} in {before} but {new.dtypes[name]} in {after}; save both alike."
+                )
+        with PatchWriter(out) as writer:
+            for name in names:
+                writer.add(name, old.tensor(name), new.tensor(name))
+            writer.finish([Origin({}, {}, identify(old))])
+
+
+def invert_patch(source: Path, out: Path) -> None:
+    """Write the patch that leads back; the two applied one after the other give the same bits as before.
+
+    Raises:
+        UserError: see `Patch` and `PatchWriter`.
+    """
+    with Patch(source) as patch, PatchWriter(out) as writer:
+        for name, entry in patch.entries.items():
+            steps = [step.inverted() for step in patch.steps(name)][::-1]
+            writer.add_steps(name, replace(entry, before=entry.after, after=entry.before), steps)
+        writer.finish([replace(origin, inverted=not origin.inverted) for origin in reversed(patch.origins)])
+
+
+def compose_patches(first: Path, second: Path, out: Path) -> None:
+    """Write the patch that does what ``first`` and then ``second`` do.
+
+    A tensor that ends as it began is left out, so a patch composed with its inverse changes nothing.
+
+    Raises:
+        UserError: a tensor that both change is not given by the first as the second needs it; see also `Patch`.
+    """
+    with Patch(first) as one, Patch(second) as two, PatchWriter(out) as writer:
+        for name, entry in one.entries.items():
+            after = two.entries.get(name, entry)
+            if name in two.entries and entry.after != after.before:
+                raise UserError(
+                    f"{second} does not follow {first}: it needs another {name} (sha256 {after.before[:12]}…) than the "
+                    f"first gives ({entry.after[:12]}…); make it for the model that the first leads to."
+                )
+            if entry.before == after.after:
+                continue
+            steps = list(one.steps(name)) + (list(two.steps(name)) if name in two.entries else [])
+            writer.add_steps(name, replace(entry, after=after.after), _merged(steps, entry))
+        for name, entry in two.entries.items():
+            if name not in one.entries:
+                writer.add_steps(name, entry, two.steps(name))
+        writer.finish([*one.origins, *two.origins])
+
+
+def _merged(steps: Sequence[Step], entry: Entry) -> list[Step]:
+    """Neighbouring steps without factors become one: their counts add up."""
+    merged: list[Step] = []
+    numel, dtype = torch.Size(entry.shape).numel(), DTYPES[entry.dtype]
+    for step in steps:
+        if merged and not merged[-1].rank and not step.rank:
+            total = unpack(merged[-1].forward, numel, dtype).add_(unpack(step.forward, numel, dtype))
+            merged[-1] = Step(None, None, pack(total), None)
+        else:
+            merged.append(step)
+    return merged
+
+
+def _parts(step: Step) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a step under the names they have in the file."""
+    if step.left is not None and step.right is not None:
+        yield "left", step.left.contiguous()
+        yield "right", step.right.contiguous()
+    for way in _WAYS:
+        counts: Counts | None = getattr(step, way)
+        for part in _PARTS:
+            tensor = None if counts is None else getattr(counts, part)
+            if tensor is not None:
+                yield f"{way}.{part}", tensor
+
+
+def _part_names() -> list[str]:
+    return [*_FACTORS, *(f"{way}.{part}" for way in _WAYS for part in _PARTS)]
+
+
+def check_patch_target(path: Path) -> None:
+    """Make sure that writing a patch to ``path`` replaces nothing but a patch.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        Patch(path).close()
+    except UserError as error:
+        raise UserError(f"{path} exists and is no patch, so it is not replaced; name another file.") from error

@@ -1,0 +1,145 @@
+"""Write an edited model as a Hugging Face folder, tensor by tensor: weights in shards, and the files to run it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlheals.errors import UserError
+from rlheals.models.checkpoint import INDEX, WEIGHTS, check_finite
+from rlheals.progress import Progress
+from rlheals.publish import MANIFEST, check_target, publish
+from rlheals.restoration.patch import digest_of, tensor_digest
+from rlheals.restoration.tensor_file import NAMES, encode_header, raw
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from rlheals.spectra.reader import Weights
+
+CARD = "README.md"
+SHARD_BYTES = 5 * 10**9
+"""Largest shard unless told otherwise."""
+# What a model folder holds besides weights: config, tokenizer, templates, licence. Training state stays behind.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_TEMPLATES = ("additional_chat_templates", "chat_templates")
+_LEFT = {INDEX, MANIFEST, "trainer_state.json", "selection.json", "leakage.json"}
+
+
+def write_model(
+    target: Weights,
+    changed: Callable[[str], Tensor | None],
+    card: Callable[[str], str],
+    out: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Write the folder ``out``, which appears whole or not at all, with a manifest and readable by all users.
+
+    Args:
+        target: the model that is edited; also the source of its config, tokenizer and so on.
+        changed: gives the new tensor for a name, None where the target's stays; called once for each name.
+        card: gives the text of the model card, told the `model_digest` of what was written; called last.
+        out: a new folder, or one that rlheals wrote before.
+        shard_bytes: size that no weight file exceeds, unless a single tensor does.
+
+    Returns:
+        The `model_digest` of the written weights.
+
+    Raises:
+        UserError: ``out`` is not free, holds the target, or cannot be written; an edited tensor is not finite.
+    """
+    check_out(out, target.path)
+    shards = _shards(target, shard_bytes)
+    progress = Progress(f"writing {out.name}", len(target.shapes), "tensor")
+    digests: dict[str, str] = {}
+
+    def tensor(name: str) -> Tensor:
+        edited = changed(name)
+        if edited is None:
+            digests[name] = target.digest(name)
+            edited = target.tensor(name)
+        else:
+            check_finite({name: edited}, f"the edited {target.path.name}")
+            digests[name] = tensor_digest(edited)
+        progress.update(note=name)
+        return edited
+
+    with publish(out) as folder:
+        for name, names in shards.items():
+            _write_shard(folder / name, names, target, tensor)
+        if len(shards) > 1:
+            _write_index(folder / INDEX, shards, target)
+        _copy_files(target.path, folder)
+        (folder / CARD).write_text(card(digest_of(digests)))
+    return digest_of(digests)
+
+
+def check_out(out: Path, *sources: Path) -> None:
+    """Make sure that writing to ``out`` deletes neither a model that is read nor anything else that was not published.
+
+    Raises:
+        UserError: it would.
+    """
+    check_target(out)
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out} is or holds {source}, which is read; name another folder to write to.")
+
+
+def _shards(target: Weights, shard_bytes: int) -> dict[str, list[str]]:
+    """Names of the tensors in each weight file, in the target's order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in target.shapes:
+        bytes_ = _bytes(target, name)
+        if groups[-1] and size + bytes_ > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += bytes_
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    stem = WEIGHTS.removesuffix(".safetensors")
+    return {f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, start=1)}
+
+
+def _write_shard(path: Path, names: Sequence[str], target: Weights, tensor: Callable[[str], Tensor]) -> None:
+    entries = [(name, NAMES[getattr(torch, target.dtypes[name])], target.shapes[name]) for name in names]
+    with path.open("wb") as file:
+        file.write(encode_header(entries, {"format": "pt"}))
+        for name, dtype, shape in entries:
+            edited = tensor(name)
+            if (NAMES[edited.dtype], tuple(edited.shape)) != (dtype, shape):
+                raise ValueError(f"the edited {name} is {edited.dtype} {list(edited.shape)}, not {dtype} {list(shape)}")
+            file.write(raw(edited))
+            del edited  # before the next one is read
+
+
+def _write_index(path: Path, shards: Mapping[str, Sequence[str]], target: Weights) -> None:
+    index = {
+        "metadata": {"total_size": target.weight_bytes},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    path.write_text(json.dumps(index, indent=2))
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for pattern in _COPIED:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and file.name not in _LEFT:
+                shutil.copyfile(file, folder / file.name)
+    for name in _TEMPLATES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, copy_function=shutil.copyfile)
+
+
+def _bytes(target: Weights, name: str) -> int:
+    dtype: torch.dtype = getattr(torch, target.dtypes[name])
+    return math.prod(target.shapes[name]) * dtype.itemsize

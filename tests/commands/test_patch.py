@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rlheals.restoration.patch import tensor_digest
+from tests.commands.test_restore import run
+from tests.restoration.folders import drifted, low_rank, same_state, state, write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    return write(tmp_path / "a"), write(tmp_path / "b", change=drifted)
+
+
+def test_make_apply_invert_and_compose(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    p, back, none = (tmp_path / name for name in ("p", "back", "none"))
+    code, text, _ = run(capsys, "patch", "make", one, two, "--out", p)
+    assert (code, "the difference of two models, made for a" in text) == (0, True)
+    assert run(capsys, "patch", "invert", p, "--out", back)[0] == 0
+    assert run(capsys, "patch", "compose", p, back, "--out", none)[0] == 0
+    code, text, _ = run(capsys, "patch", "apply", p, one, "--out", tmp_path / "there", "--json")
+    assert (code, len(json.loads(text)["changed"])) == (0, 21)
+    assert run(capsys, "patch", "apply", back, two, "--out", tmp_path / "here")[0] == 0
+    assert same_state(tmp_path / "there", two)
+    assert same_state(tmp_path / "here", one)
+    code, text, _ = run(capsys, "patch", "show", none, "--json")
+    assert (code, json.loads(text)["tensors"]) == (0, {})
+    assert "patch of rlheals applied" in (tmp_path / "there" / "README.md").read_text()
+
+
+def test_show_names_tensors_and_what_they_must_be(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")
+    told = json.loads(run(capsys, "patch", "show", tmp_path / "p", "--json")[1])
+    before, after = state(one), state(two)
+    assert {n: (e["before"], e["after"]) for n, e in told["tensors"].items()} == {
+        name: (tensor_digest(before[name]), tensor_digest(after[name])) for name in before
+    }
+    text = run(capsys, "patch", "show", tmp_path / "p")[1]
+    assert all(name in text for name in before)
+
+
+def test_the_wrong_base_exits_2(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one, two = models
+    run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")
+    other = write(tmp_path / "c", seed=5)
+    code, _, err = run(capsys, "patch", "apply", tmp_path / "p", other, "--out", tmp_path / "out")
+    assert (code, "does not fit" in err, "the sha256 of" in err) == (2, True, True)
+    assert not (tmp_path / "out").exists()
+    code, _, err = run(capsys, "patch", "show", one / "config.json")
+    assert (code, "no safetensors file" in err) == (2, True)
+
+
+def test_lora_where_the_rank_allows(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    three = write(tmp_path / "c", change=low_rank)
+    run(capsys, "patch", "make", one, three, "--out", tmp_path / "p")
+    code, text, _ = run(capsys, "patch", "lora", tmp_path / "p", one, "--out", tmp_path / "lora")
+    assert (code, "4 matrices, ranks 2 to 2" in text) == (0, True)
+    run(capsys, "patch", "make", one, two, "--out", tmp_path / "q")
+    code, _, err = run(capsys, "patch", "lora", tmp_path / "q", one, "--out", tmp_path / "no")
+    assert (code, "no adapter is written for" in err) == (2, True)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rlheals import cli
+from rlheals.models.checkpoint import load_model, load_tokenizer
+from rlheals.spectra.reader import Weights
+from tests.common import make_folder
+from tests.restoration.folders import same_bits, same_state, state, write
+from tests.spectra.synthetic import trained_like
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*map(str, arguments)])
+    output = capsys.readouterr()
+    return int(stopped.value.code or 0), output.out, output.err
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Reference, target and cache."""
+    root = tmp_path_factory.mktemp("models")
+    return make_folder(root / "before"), make_folder(root / "after", seed=1), root / "cache"
+
+
+def changed(one: Path, other: Path) -> set[str]:
+    ours, theirs = state(one), state(other)
+    return {name for name in ours if not same_bits(ours[name], theirs[name])}
+
+
+def test_the_written_model_is_the_recipe_and_nothing_else(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, cache = models
+    edit = ["--window", "head:0.2", "--layers", "0", "--modules", "q_proj,up_proj", "--cache", cache]
+    out, patch = tmp_path / "out", tmp_path / "p"
+    code, text, err = run(capsys, "restore", reference, target, *edit, "--out", out, "--patch", patch)
+    assert code == 0, err
+    assert "2 of 21 tensors changed" in text
+    assert changed(target, out) == {Q0, "model.layers.0.mlp.up_proj.weight"}
+    load_model(out)
+    load_tokenizer(out)
+    assert run(capsys, "patch", "apply", patch, target, "--out", tmp_path / "again")[0] == 0
+    assert same_state(out, tmp_path / "again")
+    card = (out / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("rlheals restore"))
+    assert "ranks `head:0.2`" in card
+    words = shlex.split(line)[1:]
+    words[words.index("before")], words[words.index("after")] = str(reference), str(target)
+    words[words.index("DIR")] = str(tmp_path / "third")
+    assert run(capsys, *words, "--cache", cache)[0] == 0
+    assert same_state(out, tmp_path / "third")
+    with Weights(out) as weights:
+        assert len(weights.shapes) == 21
+
+
+def test_a_full_swap_is_the_reference(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, cache = models
+    options = ["--operator", "swap", "--embeddings", "--head", "--cache", cache, "--json", "--shard-gb", 0.0001]
+    code, text, _ = run(capsys, "restore", reference, target, *options, "--out", tmp_path / "out")
+    told = json.loads(text)
+    assert code == 0
+    assert set(told["changed"]) == changed(reference, target)
+    assert same_state(reference, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_a_dry_run_writes_nothing(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, _ = models
+    options = ["--dry-run", "--layers", "1", "--window", "tail:4", "--cache", tmp_path / "cache"]
+    code, text, _ = run(capsys, "restore", reference, target, *options)
+    assert (code, "7 of 21 tensors would change" in text, "ranks 60-64 of 64" in text) == (0, True, True)
+    code, text, _ = run(capsys, "restore", reference, target, *options, "--json")
+    assert (code, len(json.loads(text)["would_change"])) == (0, 7)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_tied_head_that_is_stored_follows_the_embedding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def tied(seed: int) -> Path:
+        def same(name: str, tensor: Tensor) -> Tensor:
+            return trained_like("model.embed_tokens.weight", tuple(tensor.shape), seed) if "lm_head" in name else tensor
+
+        folder = write(tmp_path / f"m{seed}", seed=seed, change=same)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        return folder
+
+    one, two, out = tied(0), tied(1), tmp_path / "out"
+    options = ["--operator", "interpolate", "--dose", "0.5", "--layers", "0", "--embeddings"]
+    assert run(capsys, "restore", one, two, *options, "--cache", tmp_path / "cache", "--out", out)[0] == 0
+    assert {"model.embed_tokens.weight", "lm_head.weight"} < changed(two, out)
+    written = state(out)
+    assert same_bits(written["lm_head.weight"], written["model.embed_tokens.weight"])
+
+
+def test_bad_input_exits_2_and_writes_nothing(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, cache = models
+    out = tmp_path / "out"
+    wrong: list[tuple[list[object], str]] = [
+        ([], "say where to write"),
+        (["--out", out, "--operator", "swp"], "did you mean 'swap'"),
+        (["--out", out, "--window", "top"], "is no window of ranks"),
+        (["--out", out, "--modules", "q_prj"], "did you mean 'q_proj'"),
+        (["--out", out, "--layers", "9"], "layer 9 is outside"),
+        (["--out", out, "--dose", "0.5"], "has no dose"),
+        (["--out", out, "--device", "tpu"], "--device tpu is not known"),
+        (["--out", target], "exists and is no output"),
+        (["--out", out, "--patch", out / "p"], "would lie inside"),
+        (["--patch", target / "config.json"], "is no patch"),
+    ]
+    for options, message in wrong:
+        code, _, err = run(capsys, "restore", reference, target, *options, "--cache", cache)
+        assert (code, message in err) == (2, True), err
+        assert not list(tmp_path.iterdir())

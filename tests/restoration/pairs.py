@@ -1,0 +1,65 @@
+"""Pairs of matrices as fine-tuning leaves them, and slow dense oracles of the edits, in float64."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from rlheals.restoration.operators import MatrixView, Pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlheals.restoration.windows import Window
+
+
+def drifted(rows: int, columns: int, seed: int, drift: float = 0.3, dtype: torch.dtype = torch.float64) -> Pair:
+    """A random reference and a target that is it plus a random drift of this relative norm."""
+    draw = torch.Generator().manual_seed(seed)
+    reference = torch.randn(rows, columns, generator=draw, dtype=torch.float64)
+    change = torch.randn(rows, columns, generator=draw, dtype=torch.float64)
+    target = reference + drift * change * (reference.norm() / change.norm())
+    return Pair(MatrixView.of(reference.to(dtype)), MatrixView.of(target.to(dtype)))
+
+
+def tensors(pair: Pair) -> tuple[Tensor, Tensor]:
+    """Reference and target."""
+    return pair.reference.tensor(), pair.target.tensor()
+
+
+def bases(pair: Pair) -> tuple[np.ndarray, ...]:
+    """U and V of the reference, U, σ and V of the target, as columns."""
+    base, tuned = pair.reference.factors(), pair.target.factors()
+    whole = slice(0, base.rank)
+    found = (base.left(whole), base.right(whole), tuned.left(whole), tuned.values, tuned.right(whole))
+    return tuple(each.numpy() for each in found)
+
+
+def turn(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The direct rotation from one span to another, (n, n): the polar factor of what keeps both spans apart."""
+    first, second = old @ old.T, new @ new.T
+    unit = np.eye(len(old))
+    return scipy.linalg.polar(second @ first + (unit - second) @ (unit - first))[0]
+
+
+def mixed_basis(old: np.ndarray, new: np.ndarray, window: slice, *, orthonormal: bool) -> np.ndarray:
+    """The target's vectors with the reference's in the window; the others ride along with the direct rotation."""
+    rest = turn(old[:, window], new[:, window]) @ old if orthonormal else old
+    mixed = rest.copy()
+    mixed[:, window] = new[:, window]
+    return mixed
+
+
+def directions_oracle(pair: Pair, window: Window, sides: str, *, orthonormal: bool) -> np.ndarray:
+    """The edited matrix of ``directions``, bases and all; sides without a partner keep the sign that fits best."""
+    base_u, base_v, u, sigma, v = bases(pair)
+    span = window.slice(len(sigma))
+    signs = (
+        np.where((base_u * u).sum(0) + (base_v * v).sum(0) < 0, -1.0, 1.0) if len(sides) == 1 else np.ones(len(sigma))
+    )
+    left = mixed_basis(u, base_u * signs, span, orthonormal=orthonormal) if "u" in sides else u
+    right = mixed_basis(v, base_v * signs, span, orthonormal=orthonormal) if "v" in sides else v
+    return (left * sigma) @ right.T

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlheals.errors import UserError
+from rlheals.inference import Capabilities, Sampling
+from rlheals.inference.transformers_engine import TransformersEngine
+from rlheals.models.checkpoint import save_model
+from rlheals.restoration.live import FileState, LiveModel, checksum
+from rlheals.spectra.reader import Weights
+from tests.common import make_model, make_tokenizer
+from tests.restoration.studies import live_checksums
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+PROMPTS = [[5, 6, 7], [9, 3], [11, 12, 13, 14]]
+NAME = "model.layers.0.mlp.down_proj.weight"
+OTHER = "model.layers.1.self_attn.q_proj.weight"
+ANSWERED = Sampling(max_new_tokens=4, logprobs=True)
+
+
+def make_engine(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> TransformersEngine:
+    tokenizer = make_tokenizer(family)
+    return TransformersEngine(make_model(family, tokenizer, seed).to(dtype), tokenizer, batch_size=4)
+
+
+def state_of(engine: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+
+
+def changed(state: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: state[name] + 0.1 * torch.randn(state[name].shape) for name in names}
+
+
+def test_an_engine_answers_exactly_as_before_after_100_cycles() -> None:
+    engine = make_engine()
+    state = state_of(engine)
+    live = LiveModel(engine, state)
+    before, sums = engine.generate(PROMPTS, ANSWERED), live_checksums(engine.model)
+    names = [name for name in state if "layers" in name]
+    torch.manual_seed(0)
+    seen = set()
+    for cycle in range(100):
+        with live.edited(changed(state, *names[cycle % 5 :: 5])):
+            if cycle % 25 == 0:
+                seen.add(str(engine.generate(PROMPTS, ANSWERED)))
+    assert engine.generate(PROMPTS, ANSWERED) == before, "tokens and log-probabilities, bit for bit"
+    assert live_checksums(engine.model) == sums
+    assert len(seen) == 4
+    assert str(before) not in seen, "the edits were live, or the test would show nothing"
+
+
+def test_only_named_tensors_change_and_no_memory_is_copied_back() -> None:
+    engine = make_engine()
+    state = state_of(engine)
+    live, sums = LiveModel(engine, state), live_checksums(engine.model)
+    places = {name: p.data_ptr() for name, p in engine.model.named_parameters()}
+    changes = changed(state, NAME, OTHER)
+    with live.edited(changes) as size:
+        during = live_checksums(engine.model)
+    assert size == sum(4 * tensor.numel() for tensor in changes.values())
+    assert {name for name in sums if during[name] != sums[name]} == {NAME, OTHER}
+    assert all(during[name] == checksum(tensor) for name, tensor in changes.items())
+    assert {name: p.data_ptr() for name, p in engine.model.named_parameters()} == places
+
+
+def test_the_changes_are_not_written_to_and_the_target_comes_from_its_state() -> None:
+    engine = make_engine(seed=1)
+    state = state_of(make_engine(seed=0))
+    live = LiveModel(engine, state)
+    changes = changed(state, NAME)
+    kept = changes[NAME].clone()
+    with live.edited(changes):
+        pass
+    assert torch.equal(changes[NAME], kept)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in engine.model.state_dict().items())
+
+
+def test_weights_that_were_damaged_in_between_are_noticed() -> None:
+    engine = make_engine()
+    live = LiveModel(engine, state := state_of(engine))
+    own = dict(engine.model.named_parameters())[NAME].data
+    live.apply(changed(state, NAME))
+    own[0, 0] += 1.0
+    with pytest.raises(UserError, match=rf"does not hold the target's weights: tensor {NAME}"):
+        live.revert()
+
+
+def test_an_engine_that_holds_something_else_than_the_target_is_noticed() -> None:
+    engine = make_engine()
+    live = LiveModel(engine, state := state_of(engine))
+    state[NAME] = state[NAME] + 1.0
+    with pytest.raises(UserError, match="does not hold the target's weights"), live.edited(changed(state, NAME)):
+        pass
+
+
+def test_an_error_inside_takes_the_edit_back() -> None:
+    engine = make_engine()
+    live, sums = LiveModel(engine, state := state_of(engine)), live_checksums(engine.model)
+    with pytest.raises(KeyboardInterrupt), live.edited(changed(state, NAME)):
+        raise KeyboardInterrupt
+    assert live_checksums(engine.model) == sums
+    live.revert()
+
+
+def test_a_second_edit_has_to_wait() -> None:
+    engine = make_engine()
+    live = LiveModel(engine, state := state_of(engine))
+    live.apply(changed(state, NAME))
+    with pytest.raises(UserError, match="live already"):
+        live.apply(changed(state, OTHER))
+    live.revert()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in engine.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "told"),
+    [("model.nothing", (2, 2), "no tensor model.nothing"), (NAME, (3, 3), "in the live model")],
+)
+def test_tensors_that_do_not_fit_are_refused_before_anything_changes(
+    name: str, shape: tuple[int, ...], told: str
+) -> None:
+    engine = make_engine()
+    live, sums = LiveModel(engine, state := state_of(engine)), live_checksums(engine.model)
+    with pytest.raises(UserError, match=told), live.edited({**changed(state, OTHER), name: torch.zeros(shape)}):
+        pass
+    assert live_checksums(engine.model) == sums
+
+
+def test_tied_weights_change_and_come_back_under_both_names() -> None:
+    engine = make_engine("qwen2")
+    live, sums = LiveModel(engine, state := state_of(engine)), live_checksums(engine.model)
+    changes = changed(state, "model.embed_tokens.weight")
+    both = {**changes, "lm_head.weight": changes["model.embed_tokens.weight"]}
+    for edit in (changes, both):
+        with live.edited(edit):
+            during = live_checksums(engine.model)
+        assert during["lm_head.weight"] == during["model.embed_tokens.weight"] != sums["lm_head.weight"]
+        assert live_checksums(engine.model) == sums
+
+
+def test_a_folder_is_a_state_and_takes_the_type_of_the_engine(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("llama")
+    save_model(make_model("llama", tokenizer, seed=3), tokenizer, tmp_path / "model")
+    engine = make_engine(dtype=torch.bfloat16)
+    with Weights(tmp_path / "model") as weights:
+        state = FileState(weights)
+        assert len(state) == len(weights.shapes)
+        assert "model.nothing" not in state
+        live = LiveModel(engine, state)
+        with live.edited({NAME: state[NAME] + 1.0}):
+            assert dict(engine.model.named_parameters())[NAME].dtype == torch.bfloat16
+        assert torch.equal(engine.model.state_dict()[NAME], state[NAME].bfloat16())
+
+
+class Far:
+    """An engine whose model cannot be reached, as behind another process."""
+
+    name = "far"
+    capabilities = Capabilities(swap=True, logprobs=False, seeds=False)
+
+    def __init__(self, deaf_after: int = 1 << 30) -> None:
+        self.held: dict[str, Tensor] = {}
+        self.swaps, self.deaf_after = 0, deaf_after
+
+    def generate(self, token_ids: Any, sampling: Any) -> list[Any]:
+        return []
+
+    def swap(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.swaps += 1
+        if self.swaps <= self.deaf_after:
+            self.held = {name: tensor.clone() for name, tensor in state_dict.items()}
+
+    def fingerprint(self) -> list[float]:
+        return [float(tensor.sum()) for tensor in self.held.values()]
+
+
+def test_other_engines_are_given_the_full_state() -> None:
+    state = {"a": torch.ones(3), "b": torch.zeros(2)}
+    live = LiveModel(far := Far(), state)
+    with live.edited({"b": torch.ones(2)}) as size:
+        assert [far.held[name].tolist() for name in "ab"] == [[1, 1, 1], [1, 1]]
+    assert size == 8
+    assert far.held["b"].tolist() == [0, 0]
+    with pytest.raises(UserError, match="no tensor c"):
+        live.apply({"c": torch.ones(2)})
+
+
+def test_other_engines_that_do_not_go_back_are_noticed() -> None:
+    live = LiveModel(Far(deaf_after=2), {"a": torch.ones(3)})
+    with pytest.raises(UserError, match="sentinel log-probabilities differ"), live.edited({"a": torch.zeros(3)}):
+        pass
+
+
+@given(st.integers(2, 3000), st.data())
+def test_the_checksum_sees_every_change_and_exchange(length: int, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    first, second = data.draw(st.lists(st.integers(0, length - 1), min_size=2, max_size=2, unique=True))
+    tensor = torch.arange(length).to(dtype)
+    changed_one, exchanged = tensor.clone(), tensor.clone()
+    changed_one[first] = -1.0
+    exchanged[[first, second]] = tensor[[second, first]]
+    assert checksum(tensor) == checksum(tensor.clone())
+    assert checksum(changed_one) != checksum(tensor)
+    assert (checksum(exchanged) == checksum(tensor)) == torch.equal(exchanged, tensor)
+
+
+def test_the_checksum_tells_shapes_types_and_signs_of_zero_apart() -> None:
+    zero = torch.zeros(4, 4)
+    others = [zero.reshape(2, 8), zero.to(torch.float64), zero.to(torch.float16), -zero, zero[0], zero[0, 0]]
+    assert len({checksum(each) for each in [zero, *others]}) == 7
+    offset = torch.arange(9.0)[1:]
+    assert checksum(offset) == checksum(offset.clone())
+    assert checksum(zero.T) == checksum(zero)
