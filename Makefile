@@ -30,7 +30,7 @@ confirm: setup ## Run the three-seed study at low priority; stop it at any time 
 	@echo "report: reports/mini-confirm/index.html"
 
 test: setup lint ## Lint, type check and run the tests that take seconds.
-	python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 lint: setup ## Lint, format check and strict type check.
 	ruff check .

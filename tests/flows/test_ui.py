@@ -163,7 +163,7 @@ def green_pixels(page: Page) -> int:
 
 def test_the_verdicts_are_a_table(server: Server, page: Page) -> None:
     page.open(f"{server.ui}/artifacts/artifact/{artifact(server, 'verdicts')['id']}")
-    stages = 3 + len(STAGES)  # two branches and their probe
+    stages = 5 + len(STAGES)  # two branches, their probe, spectra and restore
     page.wait_for(f"document.querySelectorAll('table tbody tr').length >= {stages}")
     text = page.evaluate("document.querySelector('table').innerText")
     assert all(f"{stage}@smoke" in text for stage in STAGES)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
     "sft.checkpoints=[0,5,20]",
     "ppo.starts=[5]",
+    "spectra.rl_start=5",
     "ppo.arms=[ppo,reward_only]",
     "ppo.updates=2",
     "ppo.episodes=8",

@@ -45,6 +45,7 @@ def params(*more: str) -> Params:
         "sft.batch_size=2",
         "sft.learning_rate=0.01",
         "ppo.starts=[0, 3]",
+        "spectra.rl_start=3",
         "ppo.arms=[ppo, kl_only]",
         "ppo.updates=2",
         "ppo.checkpoints=[2]",

@@ -47,6 +47,7 @@ def params(source: Path, *more: str) -> Params:
         "sft.steps=3",
         f"sft.checkpoints={RUNGS}",
         f"ppo.starts={RUNGS}",
+        f"spectra.rl_start={RUNGS[-1]}",
         "sft.batch_size=2",
         "sft.max_length=1024",
         "sft.loss_every=2",
