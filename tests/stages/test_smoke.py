@@ -95,7 +95,11 @@ def test_outputs_are_links_into_the_cache_not_copies(workspace: Path) -> None:
 def test_the_lock_holds_one_entry_a_stage(workspace: Path) -> None:
     locked = set(YAML(typ="safe").load((workspace / "dvc.lock").read_text())["stages"])
     branches = {f"ppo@smoke-tiny-0-ppo-{start}" for start in (5, 20)}
-    assert locked == {*(f"{stage}@smoke-tiny-0" for stage in (*STAGES, "probe_rl", "spectra", "restore")), *branches, "report@smoke"}
+    assert locked == {
+        *(f"{stage}@smoke-tiny-0" for stage in (*STAGES, "probe_rl", "spectra", "restore")),
+        *branches,
+        "report@smoke",
+    }
 
 
 def test_a_second_run_and_a_return_from_another_profile_do_nothing(workspace: Path) -> None:
