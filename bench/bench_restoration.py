@@ -25,14 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 from rlheals.restoration.edit import FULL, Edit, Scope, head
+from rlheals.restoration.live import LiveModel
 from rlheals.restoration.operators import MatrixView, Pair, apply_edit
 from rlheals.spectra.store import FactorStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
+LIVE = [(28, 128), (28, 512), (12, 2048)]
 SHAPES = [(128, 128), (128, 384), (1024, 1024), (4096, 1024)]
 LARGEST = 1 << 40
 PLAIN = "without re-orthonormalisation"
@@ -128,6 +130,44 @@ def measure(rows: int, columns: int, repeats: int, folder: Path) -> tuple[Table,
     return table, ratios
 
 
+class Held:
+    """An engine as far as `LiveModel` knows one: a module whose weights can be swapped."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def swap(self, state: Mapping[str, Tensor]) -> None:
+        """Take all weights."""
+        self.model.load_state_dict(dict(state))
+
+
+def live_table(repeats: int) -> Table:
+    """Apply and revert on a live model, checksums included, against one copy of the touched weights."""
+    table = Table(title="apply + revert on a live model")
+    for column in ("matrices", "copy ms", "apply + revert ms", "ratio", "goal"):
+        table.add_column(column, justify="right")
+    for count, size in LIVE:
+        model = torch.nn.ModuleList([torch.nn.Linear(size, size, bias=False) for _ in range(count)])
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        edits = {name: tensor + 0.01 for name, tensor in state.items()}
+        room = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+        live = LiveModel(Held(model), state)
+
+        def copy(edits: dict[str, Tensor] = edits, room: dict[str, Tensor] = room) -> None:
+            for name, tensor in edits.items():
+                room[name].copy_(tensor)
+
+        def cell(live: LiveModel = live, edits: dict[str, Tensor] = edits) -> None:
+            live.apply(edits)
+            live.revert()
+
+        seconds = best_seconds({"copy": copy, "cell": cell}, 5 * repeats)
+        ratio = seconds["cell"] / seconds["copy"]
+        milliseconds = [f"{1e3 * seconds[name]:.2f}" for name in ("copy", "cell")]
+        table.add_row(f"{count} × {size}²", *milliseconds, f"{ratio:.1f}", f"3 {'reached' if ratio <= 3 else 'missed'}")
+    return table
+
+
 def main() -> None:
     """Print one table a shape, and the least and the middle ratio of each group."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,6 +187,7 @@ def main() -> None:
                 middle = sorted(found)[len(found) // 2]
                 summary.add_row(f"{rows} × {columns}", group, f"{min(found):.1f}", f"{middle:.1f}", f"{GOALS[group]:g}")
     console.print(summary)
+    console.print(live_table(arguments.repeats))
 
 
 if __name__ == "__main__":
