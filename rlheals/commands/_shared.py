@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_OK
+from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    from rlheals.spectra.store import FactorStore
+
+GIB = 2**30
 
 EPILOG = (
     f"Exit codes: {EXIT_OK} success, {EXIT_INTERNAL} internal error (please report it), "
@@ -20,3 +27,28 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for pr
 def print_json(content: dict[str, Any]) -> None:
     """Print one JSON object on one line."""
     typer.echo(json.dumps(content, sort_keys=True))
+
+
+def default_cache() -> Path:
+    """``rlheals`` below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlheals"
+
+
+def device_named(name: str) -> str:
+    """The device that ``--device`` means here.
+
+    Raises:
+        UserError: there is no such name, or no CUDA device.
+    """
+    from rlheals.stages.common import resolve_device
+
+    if name not in ("cpu", "cuda", "auto"):
+        raise UserError(f"--device {name} is not known; use cpu, cuda or auto.")
+    return resolve_device(name)
+
+
+def factor_store(directory: Path, cap_gib: float, device: str) -> FactorStore:
+    """The decompositions kept in the cache folder ``directory``; every command that decomposes shares them."""
+    from rlheals.spectra.store import FactorStore
+
+    return FactorStore(directory / "factors", round(cap_gib * GIB), device)

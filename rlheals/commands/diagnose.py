@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.commands._shared import Json, print_json
+from rlheals.commands._shared import Json, default_cache, device_named, factor_store, print_json
 from rlheals.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ EPILOG = (
     "least one shows a structured rotation or a magnitude change; an internal error, which prints a traceback, exits "
     f"{EXIT_CHANGED} too, {EXIT_BAD_INPUT} bad input (the message says what to change)."
 )
-GIB = 2**30
 
 
 def register(app: typer.Typer) -> None:
@@ -90,7 +88,7 @@ def diagnose(
         nulls=nulls,
         seed=seed,
         gauge=gauge,
-        device=_device(device),
+        device=device_named(device),
     )
     if plan:
         _plan(base, max(1, len(tuned or [])), settings, as_json)
@@ -113,26 +111,12 @@ def diagnose(
         raise typer.Exit(EXIT_CHANGED)
 
 
-def default_cache() -> Path:
-    """``rlheals`` below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlheals"
-
-
-def _device(name: str) -> str:
-    from rlheals.stages.common import resolve_device
-
-    if name not in ("cpu", "cuda", "auto"):
-        raise UserError(f"--device {name} is not known; use cpu, cuda or auto.")
-    return resolve_device(name)
-
-
 def _caches(directory: Path, cap_gib: float, device: str) -> Caches:
     from rlheals.spectra.diagnose import Caches
     from rlheals.spectra.results import ResultCache
-    from rlheals.spectra.store import FactorStore
 
     results = ResultCache(directory)
-    return Caches(FactorStore(directory / "factors", round(cap_gib * GIB), device), results)
+    return Caches(factor_store(directory, cap_gib, device), results)
 
 
 def _write(found: Diagnosis, out: Path) -> None:

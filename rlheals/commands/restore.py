@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.commands._shared import EPILOG, Json, print_json
-from rlheals.commands.diagnose import GIB, default_cache
+from rlheals.commands._shared import EPILOG, Json, default_cache, device_named, factor_store, print_json
 from rlheals.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,13 +62,12 @@ def restore(
     """
     from rlheals.restoration.folder_edit import FolderEdit
     from rlheals.restoration.grid import ModelSet
-    from rlheals.spectra.store import FactorStore
 
     scope = _scope(layers, modules, embeddings, head)
     edit = _edit(reference, target, operator, basis, window, scope, dose, seed, official)
     _check_outputs(out, patch, dry_run, (reference, target))
     folders = {edit.target: target, edit.reference: reference}
-    store = FactorStore((cache or default_cache()) / "factors", round(cache_gib * GIB), _device(device))
+    store = factor_store(cache or default_cache(), cache_gib, device_named(device))
     with ModelSet(folders, store) as models:
         planned = FolderEdit(edit, models)
         if dry_run:
@@ -77,14 +75,6 @@ def restore(
             return
         digest = _run(planned, out, patch, round(shard_gb * 10**9))
     _tell(planned, out, patch, digest, as_json)
-
-
-def _device(name: str) -> str:
-    from rlheals.stages.common import resolve_device
-
-    if name not in ("cpu", "cuda", "auto"):
-        raise UserError(f"--device {name} is not known; use cpu, cuda or auto.")
-    return resolve_device(name)
 
 
 def _scope(layers: str | None, modules: str | None, embeddings: bool, head: bool) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from rlheals.errors import UserError
-from rlheals.publish import verify
 
 if TYPE_CHECKING:
     from rlheals.reporting.tables import Study
@@ -69,13 +68,9 @@ def load_branches(study: Study) -> Branches | None:
         UserError: a run is missing or undeclared, a file is corrupted or of another schema, or the branches are not
             those that ``ppo`` in params declares.
     """
-    if not study.has(STAGE):
+    found = study.tables(STAGE, FILES)
+    if found is None:
         return None
-    study.check_runs(STAGE)
-    for model, seed in study.runs:
-        verify(study.directory(STAGE, model, seed))
-    tables = {name: study.table(STAGE, file, name) for name, file in FILES.items()}
-    found = {name: table for name, table in tables.items() if table is not None}
     settings = study.params.ppo
     _check_branches(study, found["recovery"])
     return Branches(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from rlheals.publish import verify
 from rlheals.reporting.schemas import SCHEMAS
 
 if TYPE_CHECKING:
@@ -70,13 +69,9 @@ def load_drift(study: Study) -> Drift | None:
     Raises:
         UserError: a run is missing or undeclared, or a file is corrupted or of another schema.
     """
-    if not study.has(STAGE):
+    found = study.tables(STAGE, FILES)
+    if found is None:
         return None
-    study.check_runs(STAGE)
-    for model, seed in study.runs:
-        verify(study.directory(STAGE, model, seed))
-    tables = {name: study.table(STAGE, file, name) for name, file in FILES.items()}
-    found = {name: table for name, table in tables.items() if table is not None}
     return Drift(
         spectra=found["spectra"],
         verdicts=found["spectra_verdicts"],

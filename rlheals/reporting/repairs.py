@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from rlheals.errors import UserError
-from rlheals.publish import verify
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from rlheals.reporting.tables import Choice, Study
 
 STAGE = "restore"
+FILES = {"cells": "cells.parquet", "answers": "answers.parquet"}
 END, PEAK, RL, BASE = "sft_end", "sft_max_ood", "rl", "base"
 CONTROL = "control"
 """The ``group`` of controls and of round trips."""
@@ -95,16 +95,10 @@ def load_repairs(study: Study) -> Repairs | None:
     Raises:
         UserError: a run is missing or undeclared, or a file is corrupted or of another schema.
     """
-    if not study.has(STAGE):
+    found = study.tables(STAGE, FILES)
+    if found is None:
         return None
-    study.check_runs(STAGE)
-    for model, seed in study.runs:
-        verify(study.directory(STAGE, model, seed))
-    cells = study.table(STAGE, "cells.parquet", "cells")
-    answers = study.table(STAGE, "answers.parquet", "answers")
-    assert cells is not None  # the stage has run
-    assert answers is not None
-    return Repairs(cells, answers)
+    return Repairs(found["cells"], found["answers"])
 
 
 def of_run(rows: pl.DataFrame, model: str, seed: int) -> pl.DataFrame:

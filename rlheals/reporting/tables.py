@@ -14,7 +14,7 @@ from rlheals.publish import verify
 from rlheals.reporting.schemas import read_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from rlheals.params import Params
@@ -42,6 +42,7 @@ class Study:
     params: Params
     root: Path
     _cache: dict[tuple[str, str], pl.DataFrame | None] = field(default_factory=dict, repr=False)
+    _verified: set[str] = field(default_factory=set, repr=False)
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -86,6 +87,26 @@ class Study:
         if key not in self._cache:
             self._cache[key] = self._load(stage, file, schema) if self.has(stage) else None
         return self._cache[key]
+
+    def tables(self, stage: str, files: Mapping[str, str]) -> dict[str, pl.DataFrame] | None:
+        """Tables of ``stage`` by schema, once its files are those of its manifests; None when it has not run.
+
+        Args:
+            stage: the stage that writes them.
+            files: file name by schema.
+
+        Raises:
+            UserError: as `table`; or a file is missing or corrupted.
+        """
+        if not self.has(stage):
+            return None
+        if stage not in self._verified:  # several sections read the same stage, and each file is hashed for this
+            self.check_runs(stage)
+            for model, seed in self.runs:
+                verify(self.directory(stage, model, seed))
+            self._verified.add(stage)
+        read = {schema: self.table(stage, file, schema) for schema, file in files.items()}
+        return {schema: table for schema, table in read.items() if table is not None}
 
     def _load(self, stage: str, file: str, schema: str) -> pl.DataFrame:
         self.check_runs(stage)
