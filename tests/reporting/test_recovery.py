@@ -116,6 +116,7 @@ def test_a_report_with_branches_is_complete(tmp_path):
     assert len(page.ids) == len(set(page.ids))
     assert "Reinforcement learning" in page.text
     assert "no answer can be read" in page.text
+    assert "object at 0x" not in page.text  # a dictionary's method where its entry was meant
     metrics = json.loads((out / "metrics.json").read_text())["tiny"]["seed0"]
     assert metrics["rl_best_start"] == 40
     rows = pl.read_parquet(out / "tables/recovery.parquet").filter(
