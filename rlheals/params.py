@@ -167,18 +167,32 @@ class Inference(Block):
     """Generation."""
 
     engine: str
+    """A key of `rlheals.inference.ENGINES`, or the address of a server."""
     batch_size: Positive
+    max_context: Annotated[Integer, Field(ge=256)]
+    """Longest conversation in tokens; at least what the sentinels of `rlheals.inference.fingerprint` need."""
+    max_sequences: Positive
+    tensor_parallel: Positive
+    memory_fraction: Annotated[Number, Field(gt=0, lt=1)]
+    sampling: Literal["explicit", "model"]
     temperature: Nonnegative
     top_p: Annotated[Number, Field(gt=0, le=1)]
     top_k: Count
+    repetition_penalty: Rate
+    stop: list[Annotated[str, Field(min_length=1)]]
 
     @field_validator("engine")
     @classmethod
     def _engine_is_known(cls, name: str) -> str:
-        from rlheals.inference import ENGINES
+        from rlheals.inference import factory_of, known_engines
 
-        if name not in ENGINES:
-            raise ValueError(f"is {name!r}, which is not a known engine; use one of: {', '.join(sorted(ENGINES))}")
+        if name == "auto":
+            raise ValueError(
+                "'auto' is resolved when a profile is written; run `python -m rlheals.profile PROFILE "
+                f"inference.engine=auto`, or write one of: {known_engines()}"
+            )
+        if factory_of(name) is None:
+            raise ValueError(f"is {name!r}, which is not a known engine; use one of: {known_engines()}")
         return name
 
 

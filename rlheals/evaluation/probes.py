@@ -74,13 +74,18 @@ class Prober:
 
 
 def describe(sampling: Sampling) -> str:
-    """``greedy``, or the settings that differ from plain sampling, e.g. ``temperature=0.6,top_p=0.9,seed=0``."""
-    if sampling.temperature == 0:
-        return "greedy"
-    parts = [f"temperature={sampling.temperature:g}"]
-    parts += [f"top_p={sampling.top_p:g}"] if sampling.top_p < 1 else []
-    parts += [f"top_k={sampling.top_k}"] if sampling.top_k else []
-    return ",".join([*parts, f"seed={sampling.seed}"])
+    """``greedy``, or the settings that differ from plain sampling, e.g. ``temperature=0.6,top_p=0.9,seed=0``.
+
+    A repetition penalty and stop strings are told in both cases.
+    """
+    parts = ["greedy"] if sampling.temperature == 0 else [f"temperature={sampling.temperature:g}"]
+    if sampling.temperature:
+        parts += [f"top_p={sampling.top_p:g}"] if sampling.top_p < 1 else []
+        parts += [f"top_k={sampling.top_k}"] if sampling.top_k else []
+        parts.append(f"seed={sampling.seed}")
+    parts += [f"repetition_penalty={sampling.repetition_penalty:g}"] if sampling.repetition_penalty != 1 else []
+    parts += [f"stop={list(sampling.stop)}"] if sampling.stop else []
+    return ",".join(parts)
 
 
 def _row(hand: Mapping[str, Any], record: AttemptRecord) -> dict[str, Any]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rlheals.params import Params
 
 Factory = Callable[["Params", "Path", str], Engine]
+SERVER = ("http://", "https://")
+"""What ``inference.engine`` begins with when it is the address of a server."""
 
 
 def _transformers(params: Params, model_dir: Path, dtype: str) -> Engine:
@@ -37,18 +39,54 @@ def _transformers(params: Params, model_dir: Path, dtype: str) -> Engine:
     return TransformersEngine(model, tokenizer, params.inference.batch_size, device)
 
 
-ENGINES: dict[str, Factory] = {"transformers": _transformers}
+def _vllm(params: Params, model_dir: Path, dtype: str) -> Engine:
+    from rlheals.inference.vllm import VllmSettings
+    from rlheals.inference.vllm.engine import VllmEngine
+    from rlheals.models.checkpoint import load_tokenizer
+    from rlheals.stages.common import resolve_device
+
+    inference = params.inference
+    settings = VllmSettings(
+        dtype=dtype,
+        device=resolve_device(params.compute.device),
+        max_context=inference.max_context,
+        max_sequences=inference.max_sequences,
+        tensor_parallel=inference.tensor_parallel,
+        memory_fraction=inference.memory_fraction,
+    )
+    return VllmEngine(model_dir, load_tokenizer(model_dir), settings)
+
+
+def _server(params: Params, model_dir: Path, dtype: str) -> Engine:
+    from rlheals.inference.server import ServerEngine
+    from rlheals.models.checkpoint import load_tokenizer
+
+    return ServerEngine(params.inference.engine, model_dir, load_tokenizer(model_dir), params.inference.max_sequences)
+
+
+ENGINES: dict[str, Factory] = {"transformers": _transformers, "vllm": _vllm}
+
+
+def factory_of(name: str) -> Factory | None:
+    """What starts the engine ``name``, a key of `ENGINES` or the address of a server; None for anything else."""
+    return _server if name.startswith(SERVER) else ENGINES.get(name)
+
+
+def known_engines() -> str:
+    """The values ``inference.engine`` may have, for messages."""
+    return f"{', '.join(sorted(ENGINES))}, or the address of a server such as http://localhost:8000/v1"
 
 
 def make_engine(params: Params, model_dir: Path, dtype: str = "float32") -> Engine:
     """The back-end named by ``inference.engine``, serving the model in ``model_dir`` with weights of ``dtype``.
 
     Raises:
-        UserError: no such back-end, or the folder does not load.
+        UserError: no such back-end, it cannot serve the model, or the folder does not load.
     """
-    name = params.inference.engine
-    if name not in ENGINES:
+    factory = factory_of(params.inference.engine)
+    if factory is None:
         raise UserError(
-            f"inference.engine is {name!r}, which is not a known engine; use one of: {', '.join(sorted(ENGINES))}."
+            f"inference.engine is {params.inference.engine!r}, which is not a known engine; use one of: "
+            f"{known_engines()}."
         )
-    return ENGINES[name](params, model_dir, dtype)
+    return factory(params, model_dir, dtype)

@@ -64,3 +64,14 @@ def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     # Rounding may lift the product to the total itself, and the search would then run past the last possible token.
     target = torch.minimum(uniforms.to(total.device) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits with those of tokens that were seen made less likely: positive ones divided, negative ones multiplied.
+
+    Args:
+        logits: (rows, vocabulary).
+        seen: (rows, vocabulary) bool, tokens of the prompt and of the response so far.
+        penalty: above 1 against repetition; Keskar et al. 2019, "CTRL", section 4.1, as in Hugging Face and vLLM.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -17,6 +17,18 @@ class Sampling:
 
     With ``temperature`` > 0, row i of a `generate` call draws from its own stream seeded by ``(seed, i)``, so the
     sample does not depend on how rows are batched.
+
+    Attributes:
+        max_new_tokens: token budget of a response.
+        temperature: divides the logits.
+        top_p: nucleus sampling.
+        top_k: keep the k likeliest tokens.
+        seed: of the random numbers.
+        logprobs: report the log-probability of every token, by the model's own distribution (before penalty,
+            temperature and filters).
+        repetition_penalty: logits of tokens that stand in the prompt or the response are divided (positive) or
+            multiplied (negative) by it, as in Hugging Face; 1 switches it off.
+        stop: a response ends where its text first holds one of these strings.
     """
 
     max_new_tokens: int
@@ -25,14 +37,17 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     logprobs: bool = False
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One response: token ids without the end token, decoded text, and log-probabilities when asked for.
 
-    ``finished`` is False when the token budget cut the response short. ``logprobs[j]`` is log p(token j), of the
-    end token too as last entry when ``finished``.
+    ``finished`` says that the model gave an end token; it is False when the token budget or a stop string cut the
+    response short. ``logprobs[j]`` is log p(token j), of the end token too as last entry when ``finished``. After a
+    stop string, ``token_ids`` reach to the token that completes it, and ``text`` to where it begins.
     """
 
     token_ids: list[int]
@@ -43,7 +58,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine can do beyond `generate`."""
+    """What an engine can do beyond `generate`.
+
+    Attributes:
+        swap: take other weights.
+        logprobs: report log-probabilities.
+        seeds: repeat a sample exactly from its seed.
+    """
 
     swap: bool
     logprobs: bool
@@ -69,5 +90,8 @@ class Engine(Protocol):
         ...
 
     def fingerprint(self) -> list[float]:
-        """Log-probabilities of fixed sentinel prompts under the current weights, to prove which weights answer."""
+        """Log-probabilities of fixed sentinel prompts under the current weights, to prove which weights answer.
+
+        `rlheals.inference.fingerprint.fingerprint` computes what they must be.
+        """
         ...

@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlheals.errors import UserError
 from rlheals.inference.cache import make_cache
-from rlheals.inference.choose import choose_tokens, uniform_streams
-from rlheals.inference.engine import Answer, Capabilities, Sampling
+from rlheals.inference.choose import choose_tokens, penalise, uniform_streams
+from rlheals.inference.engine import Capabilities
+from rlheals.inference.fingerprint import context_of, fingerprint
+from rlheals.inference.prompts import check_prompts
+from rlheals.inference.stops import just_stopped, make_answers, stop_tokens
 from rlheals.models.checkpoint import check_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    from rlheals.inference.engine import Answer, Sampling
 
 KEEP_SHARE = 0.8
 """The batch is cut down to its running rows once they are fewer than this share of it; cutting copies the cache."""
@@ -37,8 +41,8 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
-        self.stop_tokens = stop_tokens(model, tokenizer)
+        self.context = context_of(model.config)
+        self.stop_tokens = stop_tokens(model.generation_config, tokenizer)
 
     def generate(self, token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answer each prompt, in order.
@@ -48,7 +52,7 @@ class TransformersEngine:
         Raises:
             UserError: a prompt is empty or leaves no room in the model's context.
         """
-        self._check_prompts(token_ids)
+        check_prompts(token_ids, self.context)
         order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), self.batch_size):
@@ -75,26 +79,11 @@ class TransformersEngine:
         """Log-probabilities of fixed sentinel prompts under the current weights."""
         return fingerprint(self.model)
 
-    def _check_prompts(self, token_ids: Sequence[Sequence[int]]) -> None:
-        for row, prompt in enumerate(token_ids):
-            if not prompt:
-                raise UserError(f"prompt {row} is empty; check the chat template of the tokenizer.")
-            if len(prompt) >= self.context:
-                raise UserError(
-                    f"prompt {row} has {len(prompt)} tokens, which leaves no room in the model's context of "
-                    f"{self.context}; shorten it, or use a model with a larger max_position_embeddings."
-                )
-
     def _answer(self, rows: Sequence[int], token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Decode one batch and turn its tokens into answers."""
         tokens, lengths, scores = self._decode([token_ids[row] for row in rows], rows, sampling)
-        finished = [sequence[length - 1] in self.stop_tokens for sequence, length in zip(tokens, lengths, strict=True)]
-        kept = [sequence[: length - ended] for sequence, length, ended in zip(tokens, lengths, finished, strict=True)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [
-            Answer(kept[row], texts[row], finished[row], scores[row][: lengths[row]] if scores else None)
-            for row in range(len(rows))
-        ]
+        sequences = [sequence[:length] for sequence, length in zip(tokens, lengths, strict=True)]
+        return make_answers(self.tokenizer, sequences, scores, self.stop_tokens, sampling.stop)
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], sampling: Sampling
@@ -115,6 +104,7 @@ class TransformersEngine:
         lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
         alive = torch.arange(len(prompts), device=device)  # original place of each row still in the batch
         running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        seen = self._seen(prompts) if sampling.repetition_penalty != 1 else None
         for step in range(steps):
             logits = self.model(
                 input_ids=inputs,
@@ -124,12 +114,17 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            chosen = choose_tokens(logits, sampling, uniforms[alive, step] if uniforms is not None else None)
+            allowed = logits if seen is None else penalise(logits, seen[alive], sampling.repetition_penalty)
+            chosen = choose_tokens(allowed, sampling, uniforms[alive, step] if uniforms is not None else None)
             out[alive, step] = chosen
+            if seen is not None:
+                seen[alive, chosen] = True
             if scores is not None:
                 scores[alive, step] = torch.log_softmax(logits.float(), -1).gather(-1, chosen[:, None])[:, 0]
             lengths[alive] += running
             running = running & ~torch.isin(chosen, stops) & (room[alive] > step + 1)
+            if sampling.stop:
+                running = running & ~self._stopped(out[alive, : step + 1], sampling.stop)
             left = int(running.sum())
             if not left:
                 break
@@ -140,6 +135,18 @@ class TransformersEngine:
                 inputs, positions, mask = inputs[keep], positions[keep], mask[keep]
                 alive, running = alive[keep], running[keep]
         return out.tolist(), lengths.tolist(), scores.tolist() if scores is not None else None
+
+    def _seen(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """(rows, vocabulary) bool: the tokens of each prompt."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=self.device)
+        for row, prompt in enumerate(prompts):
+            seen[row, torch.tensor(prompt, device=self.device)] = True
+        return seen
+
+    def _stopped(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
+        """(rows,) bool: the response holds a stop string since its last token."""
+        return torch.tensor([just_stopped(self.tokenizer, row, stop) for row in tokens.tolist()], device=self.device)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,27 +160,3 @@ def pad_left(prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, T
     mask = (torch.arange(capacity)[None] >= padding).long()
     positions = (torch.arange(width)[None] - padding).clamp_min(0)
     return ids, mask, positions
-
-
-def fingerprint(model: Any, sentinels: int = 4, length: int = 8) -> list[float]:
-    """Log-probabilities of ``sentinels`` fixed token sequences, ``length`` - 1 numbers each.
-
-    The same function serves the engine and the trainer's model, so two lists compare the weights behind them.
-    """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    places = torch.arange(sentinels * length, device=model.device).reshape(sentinels, length)
-    ids = (places * 7919 + 13) % vocabulary
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, ids[:, 1:, None])
-    return [float(value) for value in logprobs.flatten()]
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """End tokens of the tokenizer and of the model's generation config (chat models list several)."""
-    declared = getattr(model.generation_config, "eos_token_id", None)
-    found = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
-    stops = {int(token) for token in found if token is not None}
-    if not stops:
-        raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json.")
-    return stops

@@ -41,7 +41,7 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
     from transformers import AutoModelForCausalLM
 
     check_digests(path)
-    check_state(read_shapes(path), _skeleton(path), str(path))
+    check_state(read_shapes(path), skeleton(path), str(path))
     with quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -211,8 +211,12 @@ def check_digests(path: Path) -> None:
                 raise UserError(f"{file} is missing or corrupted (its sha256 is not the manifest's); {REPAIR}.")
 
 
-def _skeleton(path: Path) -> Any:
-    """The model that ``config.json`` describes, on the meta device: names and shapes without memory."""
+def skeleton(path: Path) -> Any:
+    """The model that ``config.json`` describes, on the meta device: names and shapes without memory.
+
+    Raises:
+        UserError: there is no config, or it describes no model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (path / CONFIG).is_file():

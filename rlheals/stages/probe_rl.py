@@ -16,7 +16,7 @@ from rlheals.progress import Progress
 from rlheals.publish import publish, verify
 from rlheals.reporting.schemas import SCHEMAS, read_table, write_table
 from rlheals.stages.common import Run, resolve_device, run_stage
-from rlheals.stages.probe_sft import check_fingerprint, make_prober
+from rlheals.stages.probe_sft import make_prober
 from rlheals.stages.sft import loss_sets
 
 if TYPE_CHECKING:
@@ -177,13 +177,12 @@ class Checkpoints:
     def _make_live(self, branch: Branch, update: int) -> pl.DataFrame:
         """Give the engine the checkpoint's weights, and measure its losses on the copy that proves them."""
         from rlheals.evaluation.losses import teacher_forced_loss
-        from rlheals.inference.transformers_engine import fingerprint
-        from rlheals.models.checkpoint import load_model, load_state
+        from rlheals.inference.live import serve
+        from rlheals.models.checkpoint import load_model
 
-        folder, engine = update_folder(self.run, branch, update), self.prober.engine
-        engine.swap(load_state(folder))
-        model = load_model(folder, self.run.spec.dtype)
-        check_fingerprint(engine.fingerprint(), fingerprint(model), folder)
+        folder, dtype = update_folder(self.run, branch, update), self.run.spec.dtype
+        model = load_model(folder, dtype)
+        serve(self.prober.engine, model, str(folder), dtype)
         model = model.to(resolve_device(self.run.params.compute.device))
         names = {"checkpoint_step": branch[1], "arm": branch[0], "update": update}
         records = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from rlheals.errors import UserError, disk_errors
+from rlheals.errors import disk_errors
 from rlheals.evaluation.probes import Prober, summarise
 from rlheals.evaluation.selection import choose_rungs, selection_table
 from rlheals.progress import Progress
@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from rlheals.inference import Sampling
     from rlheals.params import ProbeSft
 
 BASE_CELL = ""
-FINGERPRINT_GAP = 0.02
-"""Mean gap in nats that bfloat16 and another device explain; two rungs of a ladder differ by more."""
 
 
 def probe_sft(run: Run) -> None:
@@ -84,46 +81,21 @@ def make_prober(run: Run, model_dir: Path) -> Prober:
 
     from rlheals.evaluation.dialogue import Dialogue
     from rlheals.inference import make_engine
+    from rlheals.inference.fingerprint import context_of
+    from rlheals.inference.sampling import sampling_of
     from rlheals.models.checkpoint import load_tokenizer
     from rlheals.tasks import make_task
 
-    task = make_task(run.params.task_spec)
+    inference, task = run.params.inference, make_task(run.params.task_spec)
     budget = task.format(run.spec.prompt_format).max_response_tokens
     return Prober(
         engine=make_engine(run.params, model_dir, run.spec.dtype),
         dialogue=Dialogue(load_tokenizer(model_dir)),
         task=task,
         prompt_format=run.spec.prompt_format,
-        sampling=_sampling(run, budget),
-        context=AutoConfig.from_pretrained(model_dir, local_files_only=True).max_position_embeddings,
+        sampling=sampling_of(inference, model_dir, budget, run.seed),
+        context=min(context_of(AutoConfig.from_pretrained(model_dir, local_files_only=True)), inference.max_context),
     )
-
-
-def _sampling(run: Run, max_new_tokens: int) -> Sampling:
-    from rlheals.inference import Sampling
-
-    inference = run.params.inference
-    return Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=inference.temperature,
-        top_p=inference.top_p,
-        top_k=inference.top_k,
-        seed=run.seed,
-    )
-
-
-def check_fingerprint(found: list[float], expected: list[float], folder: Path) -> None:
-    """Refuse an engine that does not answer with the weights it was just given.
-
-    Raises:
-        UserError: the mean gap of the sentinels' log-probabilities exceeds what rounding explains.
-    """
-    gap = sum(abs(a - b) for a, b in zip(found, expected, strict=True)) / len(expected)
-    if not gap < FINGERPRINT_GAP:
-        raise UserError(
-            f"after swapping in {folder} the engine's sentinel log-probabilities are off by {gap:.3g} on average, so "
-            "it does not answer with these weights; use another engine (inference.engine)."
-        )
 
 
 @dataclass
@@ -159,14 +131,13 @@ class Rungs:
         return table
 
     def _make_live(self, step: int) -> None:
-        from rlheals.inference.transformers_engine import fingerprint
-        from rlheals.models.checkpoint import load_model, load_state
+        from rlheals.inference.live import serve
+        from rlheals.models.checkpoint import load_model
 
         if step == self.live:
             return
-        folder, engine = self.ladder / f"checkpoint-{step}", self.prober.engine
-        engine.swap(load_state(folder))
-        check_fingerprint(engine.fingerprint(), fingerprint(load_model(folder, self.run.spec.dtype)), folder)
+        folder, dtype = self.ladder / f"checkpoint-{step}", self.run.spec.dtype
+        serve(self.prober.engine, load_model(folder, dtype), str(folder), dtype)
         self.live = step
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlheals.errors import UserError
+from rlheals.inference.seeds import counter_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from rlheals.inference import Answer, Engine, Sampling
     from rlheals.tasks import Task
     from rlheals.tasks.core import Episode, Turn
-
-FINGERPRINT_GAP = 0.02
-"""Mean gap in nats between trainer and engine that bfloat16 and another device explain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +95,6 @@ class RolloutSettings:
     seed: int
     rank: int = 0
     answer_field: str = '"formula"'
-
-
-def counter_seed(*counters: int | str) -> int:
-    """A seed in [0, 2^31) that depends on the counters only: sha256 of their texts joined by slashes."""
-    digest = hashlib.sha256("/".join(map(str, counters)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 2**31
 
 
 def draw_hands(rows: int, episodes: int, seed: int, update: int) -> list[int]:
@@ -243,7 +234,7 @@ def thought_tokens(answer: Answer, tokenizer: Any, answer_field: str) -> int:
     return low
 
 
-def synchronise(engine: Engine, policy: Any) -> None:
+def synchronise(engine: Engine, policy: Any, dtype: str = "float32") -> None:
     """Make ``engine`` answer with the weights of ``policy``: nothing to do around the live module, else a checked swap.
 
     Raises:
@@ -251,13 +242,6 @@ def synchronise(engine: Engine, policy: Any) -> None:
     """
     if getattr(engine, "model", None) is policy:
         return
-    from rlheals.inference.transformers_engine import fingerprint
+    from rlheals.inference.live import serve
 
-    engine.swap(policy.state_dict())
-    found, expected = engine.fingerprint(), fingerprint(policy)
-    gap = sum(abs(a - b) for a, b in zip(found, expected, strict=True)) / len(expected)
-    if not gap < FINGERPRINT_GAP:
-        raise UserError(
-            f"after an update the engine's sentinel log-probabilities are off by {gap:.3g} on average, so it does not "
-            "answer with the trained weights; use another engine (inference.engine)."
-        )
+    serve(engine, policy, "the trained policy", dtype)

@@ -1,0 +1,129 @@
+"""Which weights answer: log-probabilities of fixed sentinel prompts, asked of an engine and computed from a model.
+
+Short sentinels are scored token by token. The long one is longer than any block of an engine's prefix cache, and what
+is asked is the log-probability of tokens *after* it, on the path that answers take: keys and values left over from
+earlier weights then show, which scoring a prompt would not, because engines do that without their cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlheals.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SHORT, LENGTH = 4, 8
+"""Number of short sentinels, and tokens of each."""
+LONG = 192
+"""Tokens of the long sentinel where the context has room; vLLM's blocks hold 128 tokens on a CPU."""
+FOLLOWERS = 4
+"""Tokens after the long sentinel whose log-probabilities are asked, each for the same place."""
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.05}
+"""Mean gap in nats that is accepted between two engines; measured on a CPU: up to 4e-6 and 0.01."""
+SURELY_OTHER = {"float32": 2e-5, "bfloat16": 0.05}
+"""Mean gap in nats above which two fingerprints are certainly of different weights."""
+
+
+class Sentinels(NamedTuple):
+    """Token ids of the sentinels of one vocabulary and context.
+
+    Attributes:
+        short: sequences scored from their second token on.
+        long: a prompt.
+        followers: tokens scored at the place after ``long``.
+    """
+
+    short: list[list[int]]
+    long: list[int]
+    followers: list[int]
+
+
+def sentinels(vocabulary: int, context: int) -> Sentinels:
+    """The sentinels for a model of ``vocabulary`` tokens that holds ``context`` tokens.
+
+    Tokens are spread over the vocabulary; those of the long one differ from block to block.
+    """
+    length = min(LENGTH, context)
+    short = [
+        [(place * 7919 + 13) % vocabulary for place in range(start * length, (start + 1) * length)]
+        for start in range(SHORT)
+    ]
+    long = [(place * place * 31 + place * 7919 + 29) % vocabulary for place in range(max(1, min(LONG, context - 1)))]
+    followers = [(place * 104729 + 7) % vocabulary for place in range(FOLLOWERS)]
+    return Sentinels(short, long, followers)
+
+
+def sentinels_of(model: Any) -> Sentinels:
+    """The sentinels of a Hugging Face causal language model."""
+    return sentinels(model.get_input_embeddings().weight.shape[0], context_of(model.config))
+
+
+def context_of(config: Any) -> int:
+    """Longest conversation in tokens that a model's config allows; 2^30 where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "max_position_embeddings", 0) or 1 << 30)
+
+
+def fingerprint(model: Any) -> list[float]:
+    """Log-probabilities of the sentinels under a Hugging Face model: SHORT x (LENGTH - 1), then the followers'."""
+    import torch
+
+    asked = sentinels_of(model)
+    ids = torch.tensor(asked.short, device=model.device)
+    long = torch.tensor([asked.long], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        scored = torch.log_softmax(logits, dim=-1).gather(-1, ids[:, 1:, None])
+        after = torch.log_softmax(model(input_ids=long, use_cache=False).logits[0, -1].float(), dim=-1)
+    return [*scored.flatten().tolist(), *after[asked.followers].tolist()]
+
+
+def gap(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Larger of the mean gaps in nats over the short sentinels and over the followers of the long one.
+
+    Raises:
+        UserError: the two fingerprints are not of models with the same vocabulary and context.
+    """
+    if len(found) != len(expected):
+        raise UserError(
+            f"two fingerprints hold {len(found)} and {len(expected)} log-probabilities, so they are of models with "
+            "other vocabularies or contexts; compare checkpoints of one architecture."
+        )
+    differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+    parts = [differences[:-FOLLOWERS], differences[-FOLLOWERS:]]
+    return max(sum(part) / len(part) for part in parts if part)
+
+
+def check_fingerprint(
+    found: Sequence[float],
+    expected: Sequence[float],
+    where: str,
+    *,
+    dtype: str = "float32",
+    before: Sequence[float] | None = None,
+) -> None:
+    """Refuse an engine that does not answer with the weights it was just given.
+
+    Args:
+        found: what the engine reports now.
+        expected: `fingerprint` of the weights it was given.
+        where: names these weights in the message.
+        dtype: of the engine's weights; decides how much rounding explains.
+        before: what the engine reported before the swap. Where the new weights must give something else, a report that
+            has not moved is refused however small the difference is: an edit may change less than `ROUNDING` accepts.
+
+    Raises:
+        UserError: the gap exceeds what rounding explains, or the engine still answers as before.
+    """
+    off = gap(found, expected)
+    moved = gap(before, expected) if before is not None else 0.0
+    stale = before is not None and moved > SURELY_OTHER[dtype] and gap(before, found) < moved / 2
+    if off < ROUNDING[dtype] and not stale:
+        return
+    what = "still answers as before" if stale else "does not answer with these weights"
+    raise UserError(
+        f"after swapping in {where} the engine's sentinel log-probabilities are off by {off:.3g} on average, so it "
+        f"{what}; use another engine (inference.engine)."
+    )

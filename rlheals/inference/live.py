@@ -1,0 +1,42 @@
+"""Make an engine answer with the weights of a model, and prove that it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlheals.errors import UserError
+from rlheals.inference.fingerprint import ROUNDING, check_fingerprint, fingerprint, gap
+
+if TYPE_CHECKING:
+    from rlheals.inference.engine import Engine
+
+
+def serve(engine: Engine, model: Any, where: str, dtype: str = "float32") -> None:
+    """Swap the weights of ``model`` in where the engine can, and compare what both say about the sentinels.
+
+    Args:
+        engine: the live engine.
+        model: Hugging Face model with the weights; it must not change before the next swap.
+        where: names them in messages.
+        dtype: of the engine's weights.
+
+    Raises:
+        UserError: the engine does not answer with these weights, or the state does not fit it.
+    """
+    if not engine.capabilities.swap:
+        _check_served(engine, model, where, dtype)
+        return
+    before = engine.fingerprint()
+    engine.swap(model.state_dict())
+    check_fingerprint(engine.fingerprint(), fingerprint(model), where, dtype=dtype, before=before)
+
+
+def _check_served(engine: Engine, model: Any, where: str, dtype: str) -> None:
+    """Whether an engine whose weights cannot be changed holds those of ``model``."""
+    off = gap(engine.fingerprint(), fingerprint(model))
+    if not off < ROUNDING[dtype]:
+        raise UserError(
+            f"{engine.name} serves other weights than {where} (sentinel log-probabilities differ by {off:.3g} on "
+            "average), and its weights cannot be swapped; serve this folder, or use an engine that can swap "
+            "(inference.engine: vllm or transformers)."
+        )

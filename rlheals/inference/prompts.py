@@ -1,0 +1,26 @@
+"""Prompts every engine refuses in the same words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlheals.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def check_prompts(token_ids: Sequence[Sequence[int]], context: int) -> None:
+    """Make sure that every prompt has tokens and leaves room for an answer.
+
+    Raises:
+        UserError: one does not.
+    """
+    for row, prompt in enumerate(token_ids):
+        if not prompt:
+            raise UserError(f"prompt {row} is empty; check the chat template of the tokenizer.")
+        if len(prompt) >= context:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens, which leaves no room in the model's context of {context}; "
+                "shorten it, or use a model with a larger max_position_embeddings."
+            )

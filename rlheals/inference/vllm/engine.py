@@ -1,0 +1,194 @@
+"""One vLLM that answers for every checkpoint, branch and edited model in turn."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlheals.errors import UserError
+from rlheals.inference.engine import Answer, Capabilities, Sampling
+from rlheals.inference.fingerprint import check_fingerprint, context_of, sentinels
+from rlheals.inference.prompts import check_prompts
+from rlheals.inference.seeds import counter_seed
+from rlheals.inference.stops import generation_config, make_answers, stop_tokens
+from rlheals.inference.vllm.start import shut_down, start
+from rlheals.inference.vllm.weights import push_weights
+from rlheals.models.checkpoint import check_state, skeleton
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from rlheals.inference.vllm.settings import VllmSettings
+
+Result = TypeVar("Result")
+
+
+class VllmEngine:
+    """An `Engine` on vLLM.
+
+    In float32 on a CPU, answers depend neither on what else is asked in the same call nor on how vLLM schedules it,
+    beyond the rounding of matrix products (about 1e-6 of a logit); sampled rows have a stream of random numbers each.
+    On a GPU that holds as far as the batch-invariant kernels of the installed build go.
+
+    Args:
+        folder: Hugging Face folder of the model to start with.
+        tokenizer: its tokenizer.
+        settings: see `VllmSettings`.
+
+    Raises:
+        UserError: vLLM is missing or of another release, does not serve the model, or does not start.
+    """
+
+    name = "vllm"
+    capabilities = Capabilities(swap=True, logprobs=True, seeds=True)
+
+    def __init__(self, folder: Path, tokenizer: Any, settings: VllmSettings) -> None:
+        self.folder, self.tokenizer, self.settings = folder, tokenizer, settings
+        self._skeleton = skeleton(folder)
+        self.config = self._skeleton.config
+        self.context = min(settings.max_context, context_of(self.config))
+        self.stop_tokens = stop_tokens(generation_config(folder), tokenizer)
+        self._sentinels = sentinels(self.config.get_text_config().vocab_size, context_of(self.config))
+        self._llm = start(folder, self.config, settings, self.context)
+        self._state: Mapping[str, Tensor] | None = None
+        self._known: list[float] | None = None
+        self.restarts = 0
+
+    def generate(self, token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+        """Answer each prompt, in order.
+
+        A prompt within ``sampling.max_new_tokens`` of the context's end gets the tokens that still fit.
+
+        Raises:
+            UserError: a prompt is empty or leaves no room in the context, or the engine died twice.
+        """
+        check_prompts(token_ids, self.context)
+        if not token_ids:
+            return []
+        asked = [self._asked(row, len(prompt), sampling) for row, prompt in enumerate(token_ids)]
+        completions = [output.outputs[0] for output in self._ask([list(prompt) for prompt in token_ids], asked)]
+        sequences = [list(completion.token_ids) for completion in completions]
+        scores = [_scores(completion) for completion in completions] if sampling.logprobs else None
+        return make_answers(self.tokenizer, sequences, scores, self.stop_tokens, sampling.stop)
+
+    def swap(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Replace all weights and forget everything computed with the old ones.
+
+        The mapping is kept, not copied, for the case that the engine has to be started again: it must go on giving
+        these weights until the next swap.
+
+        Raises:
+            UserError: a key is missing or unexpected or a shape differs (nothing has changed then), or the engine died.
+        """
+        check_state(
+            {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, self._skeleton, "the state to swap in"
+        )
+        self._state, self._known = state_dict, None
+        self._alive(lambda: self._push(state_dict))
+
+    def fingerprint(self) -> list[float]:
+        """Log-probabilities of the sentinels as vLLM computes them; see `rlheals.inference.fingerprint`.
+
+        Raises:
+            UserError: the engine died twice.
+        """
+        self._known = self._alive(self._score)
+        return self._known
+
+    def close(self) -> None:
+        """Stop the engine and give its memory back."""
+        if self._llm is not None:
+            shut_down(self._llm)
+            self._llm = None
+
+    def _asked(self, row: int, length: int, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=min(sampling.max_new_tokens, self.context - length),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p if sampling.temperature else 1.0,
+            top_k=sampling.top_k if sampling.temperature else 0,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=counter_seed(sampling.seed, row) if sampling.temperature else None,
+            logprobs=0 if sampling.logprobs else None,
+            stop=list(sampling.stop),
+            stop_token_ids=sorted(self.stop_tokens),
+            ignore_eos=True,  # the end tokens are those above, for every engine the same
+            detokenize=bool(sampling.stop),
+        )
+
+    def _ask(self, prompts: list[list[int]], asked: list[Any]) -> list[Any]:
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return self._alive(lambda: self._llm.generate(requests, asked, use_tqdm=False))
+
+    def _score(self) -> list[float]:
+        from vllm import SamplingParams
+
+        short, long, followers = self._sentinels
+        by_token = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        after = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=followers, detokenize=False)
+        requests = [{"prompt_token_ids": list(ids)} for ids in (*short, long)]
+        *scored, last = self._llm.generate(requests, [*[by_token] * len(short), after], use_tqdm=False)
+        found = [
+            float(scores[token].logprob)
+            for ids, output in zip(short, scored, strict=True)
+            for token, scores in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+        return [*found, *(float(last.outputs[0].logprobs[0][token].logprob) for token in followers)]
+
+    def _push(self, state_dict: Mapping[str, Tensor]) -> None:
+        push_weights(self._llm, state_dict, self.config, self.settings)
+        # Keys and values of the old weights would otherwise answer for every prompt that begins as an earlier one.
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache was not emptied")
+
+    def _alive(self, action: Callable[[], Result]) -> Result:
+        """The result of ``action``; an engine that dies is started once more, with the weights it had.
+
+        Raises:
+            UserError: it died a second time.
+        """
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # vLLM raises whatever its kernels and workers do
+            if self.restarts:
+                raise self._died(error) from error
+            self._restart(error)
+        try:
+            return action()
+        except Exception as error:
+            raise self._died(error) from error
+
+    def _restart(self, error: Exception) -> None:
+        self.restarts += 1
+        print(f"vllm: the engine died ({_first_line(error)}); starting it again", file=sys.stderr)
+        self.close()
+        self._llm = start(self.folder, self.config, self.settings, self.context)
+        if self._state is not None:
+            self._push(self._state)
+        if self._known is not None:
+            check_fingerprint(self._score(), self._known, "the weights it had", dtype=self.settings.dtype)
+
+    def _died(self, error: Exception) -> UserError:
+        return UserError(
+            f"the vLLM engine died twice, the second time of: {_first_line(error)}. Answers that were finished are kept; "
+            "run the same command again to go on, lower inference.max_sequences or inference.memory_fraction if it ran "
+            "out of memory, or set inference.engine: transformers."
+        )
+
+
+def _scores(completion: Any) -> list[float]:
+    """Log-probability of each sampled token."""
+    return [
+        float(scores[token].logprob) for token, scores in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
