@@ -52,6 +52,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of what a library says of its error, or the name of its type when it says nothing."""
+    return str(error).strip().split("\n")[0][:longest] or type(error).__name__
+
+
 def system_error_number(error: Exception) -> int:
     """The ``errno`` behind an error; 0 when there is none.
 

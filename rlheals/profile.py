@@ -64,14 +64,7 @@ def render(name: str, overrides: Sequence[str] = ()) -> Rendered:
         document.ca.comment = patch.ca.comment
     for override in overrides:
         _set(document, override)
-    notes = []
-    if document["inference"]["engine"] == "auto":
-        engine, reason = resolve_engine()
-        document["inference"]["engine"] = engine
-        notes.append(f"inference.engine: auto became {engine}, because {reason}.")
-    text = _dump(document)
-    parse_params(YAML(typ="safe").load(text), Path(f"preset {name}" + (" with overrides" if overrides else "")))
-    return Rendered(text, notes)
+    return _finish(document, Path(f"preset {name}" + (" with overrides" if overrides else "")))
 
 
 def with_overrides(path: Path, overrides: Sequence[str]) -> Rendered:
@@ -86,17 +79,26 @@ def with_overrides(path: Path, overrides: Sequence[str]) -> Rendered:
         raise UserError(f"{path} cannot be read; write one with `python -m rlheals.profile mini`.") from error
     for override in overrides:
         _set(document, override)
-    text = _dump(document)
-    parse_params(YAML(typ="safe").load(text), path)
-    return Rendered(text, [])
+    return _finish(document, path)
 
 
-def resolve_engine() -> tuple[str, str]:
-    """What ``inference.engine: auto`` becomes on this machine, and why.
+def _finish(document: CommentedMap, where: Path) -> Rendered:
+    """The text of a document, validated, with ``inference.engine: auto`` resolved.
 
     The choice is made here, once, and written into params.yaml: stages never see ``auto``.
     """
-    return "transformers", "it is the only generation back-end of this version"
+    auto = document["inference"]["engine"] == "auto"
+    if auto:
+        document["inference"]["engine"] = "transformers"
+    text = _dump(document)
+    params = parse_params(YAML(typ="safe").load(text), where)
+    if not auto:
+        return Rendered(text, [])
+    from rlheals.inference.choice import resolve
+
+    engine, reason = resolve(params)
+    document["inference"]["engine"] = engine
+    return Rendered(_dump(document), [f"inference.engine: auto became {engine}, because {reason}."])
 
 
 def current_profile(path: Path = PARAMS_FILE) -> str | None:

@@ -14,16 +14,16 @@ from rlheals.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SHORT, LENGTH = 4, 8
+SHORT, LENGTH = 2, 8
 """Number of short sentinels, and tokens of each."""
-LONG = 192
-"""Tokens of the long sentinel where the context has room; vLLM's blocks hold 128 tokens on a CPU."""
-FOLLOWERS = 4
-"""Tokens after the long sentinel whose log-probabilities are asked, each for the same place."""
+LONG = 48
+"""Tokens of the long sentinel where the context has room: more than a block of our engines holds (32, 16 on a GPU)."""
+FOLLOWERS = 8
+"""Tokens whose log-probabilities are asked for the place after the long sentinel."""
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.05}
-"""Mean gap in nats that is accepted between two engines; measured on a CPU: up to 4e-6 and 0.01."""
-SURELY_OTHER = {"float32": 2e-5, "bfloat16": 0.05}
-"""Mean gap in nats above which two fingerprints are certainly of different weights."""
+"""Mean gap in nats that is accepted between an engine and a model; measured on a CPU: up to 5e-5 and 0.01."""
+SURELY_OTHER = {"float32": 1e-5, "bfloat16": 0.05}
+"""Mean change in nats of a model's fingerprint that an engine which got the change must show, too."""
 
 
 class Sentinels(NamedTuple):
@@ -38,6 +38,18 @@ class Sentinels(NamedTuple):
     short: list[list[int]]
     long: list[int]
     followers: list[int]
+
+
+class Proof(NamedTuple):
+    """What was said of the sentinels after weights were given to an engine.
+
+    Attributes:
+        found: by the engine.
+        expected: by the model whose weights it was given.
+    """
+
+    found: list[float]
+    expected: list[float]
 
 
 def sentinels(vocabulary: int, context: int) -> Sentinels:
@@ -96,34 +108,29 @@ def gap(found: Sequence[float], expected: Sequence[float]) -> float:
     return max(sum(part) / len(part) for part in parts if part)
 
 
-def check_fingerprint(
-    found: Sequence[float],
-    expected: Sequence[float],
-    where: str,
-    *,
-    dtype: str = "float32",
-    before: Sequence[float] | None = None,
-) -> None:
+def check_fingerprint(proof: Proof, where: str, dtype: str = "float32", before: Proof | None = None) -> None:
     """Refuse an engine that does not answer with the weights it was just given.
 
     Args:
-        found: what the engine reports now.
-        expected: `fingerprint` of the weights it was given.
-        where: names these weights in the message.
+        proof: of these weights.
+        where: names them in the message.
         dtype: of the engine's weights; decides how much rounding explains.
-        before: what the engine reported before the swap. Where the new weights must give something else, a report that
-            has not moved is refused however small the difference is: an edit may change less than `ROUNDING` accepts.
+        before: of the weights it had until then. An edit may change less than `ROUNDING` accepts; where it changes what
+            the model says at all, what the engine says must have changed with it.
 
     Raises:
         UserError: the gap exceeds what rounding explains, or the engine still answers as before.
     """
-    off = gap(found, expected)
-    moved = gap(before, expected) if before is not None else 0.0
-    stale = before is not None and moved > SURELY_OTHER[dtype] and gap(before, found) < moved / 2
-    if off < ROUNDING[dtype] and not stale:
-        return
-    what = "still answers as before" if stale else "does not answer with these weights"
-    raise UserError(
-        f"after swapping in {where} the engine's sentinel log-probabilities are off by {off:.3g} on average, so it "
-        f"{what}; use another engine (inference.engine)."
-    )
+    off = gap(proof.found, proof.expected)
+    if before is not None:
+        moved, followed = gap(before.expected, proof.expected), gap(before.found, proof.found)
+        if moved > SURELY_OTHER[dtype] and not followed > moved / 2:
+            raise UserError(
+                f"after swapping in {where} the engine still answers as before: its sentinel log-probabilities moved "
+                f"by {followed:.3g} on average, the model's by {moved:.3g}; use another engine (inference.engine)."
+            )
+    if not off < ROUNDING[dtype]:
+        raise UserError(
+            f"after swapping in {where} the engine's sentinel log-probabilities are off by {off:.3g} on average, so it "
+            "does not answer with these weights; use another engine (inference.engine)."
+        )

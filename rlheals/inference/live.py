@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
-from rlheals.inference.fingerprint import ROUNDING, check_fingerprint, fingerprint, gap
+from rlheals.inference.fingerprint import ROUNDING, Proof, check_fingerprint, fingerprint, gap
 
 if TYPE_CHECKING:
     from rlheals.inference.engine import Engine
 
 
-def serve(engine: Engine, model: Any, where: str, dtype: str = "float32") -> None:
+def serve(engine: Engine, model: Any, where: str, dtype: str = "float32", before: Proof | None = None) -> Proof:
     """Swap the weights of ``model`` in where the engine can, and compare what both say about the sentinels.
 
     Args:
@@ -19,24 +19,30 @@ def serve(engine: Engine, model: Any, where: str, dtype: str = "float32") -> Non
         model: Hugging Face model with the weights; it must not change before the next swap.
         where: names them in messages.
         dtype: of the engine's weights.
+        before: what `serve` returned for the weights the engine has; then even a small change must show.
+
+    Returns:
+        What both say now.
 
     Raises:
         UserError: the engine does not answer with these weights, or the state does not fit it.
     """
     if not engine.capabilities.swap:
-        _check_served(engine, model, where, dtype)
-        return
-    before = engine.fingerprint()
+        return _check_served(engine, model, where, dtype)
     engine.swap(model.state_dict())
-    check_fingerprint(engine.fingerprint(), fingerprint(model), where, dtype=dtype, before=before)
+    proof = Proof(engine.fingerprint(), fingerprint(model))
+    check_fingerprint(proof, where, dtype, before)
+    return proof
 
 
-def _check_served(engine: Engine, model: Any, where: str, dtype: str) -> None:
+def _check_served(engine: Engine, model: Any, where: str, dtype: str) -> Proof:
     """Whether an engine whose weights cannot be changed holds those of ``model``."""
-    off = gap(engine.fingerprint(), fingerprint(model))
+    proof = Proof(engine.fingerprint(), fingerprint(model))
+    off = gap(*proof)
     if not off < ROUNDING[dtype]:
         raise UserError(
             f"{engine.name} serves other weights than {where} (sentinel log-probabilities differ by {off:.3g} on "
             "average), and its weights cannot be swapped; serve this folder, or use an engine that can swap "
             "(inference.engine: vllm or transformers)."
         )
+    return proof

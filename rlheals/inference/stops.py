@@ -40,7 +40,7 @@ def stop_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     """Text of responses, special tokens left out."""
     texts: list[str] = tokenizer.batch_decode(
-        [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        list(map(list, rows)), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return texts
 

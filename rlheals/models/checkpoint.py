@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rlheals.errors import UserError, disk_errors
+from rlheals.errors import UserError, disk_errors, first_line
 from rlheals.publish import MANIFEST, sha256_file
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many types for a bad file
-        raise UserError(f"{path} holds no readable tokenizer ({_first_line(error)}); {REPAIR}.") from error
+        raise UserError(f"{path} holds no readable tokenizer ({first_line(error)}); {REPAIR}.") from error
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer in {path} has no chat template; add chat_template.jinja to the folder.")
     if tokenizer.eos_token_id is None:
@@ -227,7 +227,7 @@ def skeleton(path: Path) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # the library raises many types for a bad config
         raise UserError(
-            f"{path / CONFIG} describes no model that can be built ({_first_line(error)}); {REPAIR}."
+            f"{path / CONFIG} describes no model that can be built ({first_line(error)}); {REPAIR}."
         ) from error
 
 
@@ -237,7 +237,7 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise damaged(file, _first_line(error)) from error
+        raise damaged(file, first_line(error)) from error
 
 
 def damaged(file: Path, reason: str) -> UserError:
@@ -288,7 +288,3 @@ def name_some(names: list[str], shown: int = 3) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

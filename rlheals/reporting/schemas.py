@@ -133,6 +133,7 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "grad_norm": pl.Float64,
         "learning_rate": pl.Float64,
         "ratio_max_deviation_first": pl.Float64,  # largest |ratio - 1| in the first pass of the update
+        "engine_ratio_deviation": pl.Float64,  # largest |ratio - 1| of a token, trainer over engine; null if one model
         "advantage_mean": pl.Float64,  # before normalisation, as the other four
         "advantage_std": pl.Float64,
         "advantage_skew": pl.Float64,

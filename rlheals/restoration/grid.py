@@ -12,16 +12,18 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
 from rlheals.errors import UserError, disk_errors
+from rlheals.inference.live import serve
 from rlheals.reporting.schemas import read_table, write_table
 from rlheals.restoration.job import MatrixView, Pair, distance
 from rlheals.restoration.live import FileState, LiveModel
 from rlheals.restoration.operators import apply_edit
 from rlheals.restoration.plan import Subjects, needs_factors
+from rlheals.restoration.served import ServedModel
 from rlheals.spectra.reader import Weights, check_same
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from rlheals.inference import Engine
     from rlheals.restoration.edit import Edit
+    from rlheals.restoration.live import Holder
     from rlheals.restoration.plan import Cell
     from rlheals.spectra.store import FactorStore, StoredFactors
 
@@ -245,15 +248,17 @@ class Grid:
         engine: started once, with any of them.
         probe: asks hands; called with hands, target, cell name, and a function that counts finished hands.
         scratch: where finished cells lie; the caller names it after everything that decides the numbers.
-        on_load: called with the name of a target after its weights were given to the engine.
+        load: gives a target as a Hugging Face model, which proves that the engine answers with its weights.
+        dtype: of the engine's weights.
     """
 
     models: ModelSet
     engine: Engine
     probe: Callable[[pl.DataFrame, str, str, Callable[[int], None]], pl.DataFrame]
     scratch: Path
-    on_load: Callable[[str], None] = lambda name: None
-    _live: tuple[str, LiveModel] | None = field(default=None, init=False)
+    load: Callable[[str], Any]
+    dtype: str = "float32"
+    _live: tuple[str, LiveModel | ServedModel] | None = field(default=None, init=False)
 
     def run(
         self, cells: Sequence[Cell], hands: pl.DataFrame, split: str, count: Callable[[int, str], None]
@@ -269,7 +274,10 @@ class Grid:
         Raises:
             UserError: an edit cannot be made, or the engine does not return to its target.
         """
-        return [self._cell(cell, hands, split, count) for cell in cells]
+        finished = [self._cell(cell, hands, split, count) for cell in cells]
+        if self._live is not None:
+            self._live[1].settle()
+        return finished
 
     def unedited(self, model: str, hands: pl.DataFrame, split: str, count: Callable[[int, str], None]) -> pl.DataFrame:
         """Schema ``answers`` of a model as it is."""
@@ -278,7 +286,7 @@ class Grid:
         if file.is_file():
             count(len(hands), name)
         else:
-            self._on(model)
+            self._on(model).settle()
             _write_answers(self.probe(hands, model, name, lambda done: count(done, name)), file)
         return read_table(file, "answers")
 
@@ -306,13 +314,20 @@ class Grid:
         seconds = time.perf_counter() - begin
         return Facts(**{**vars(edited.facts), "seconds": seconds}), answers
 
-    def _on(self, target: str) -> LiveModel:
+    def _on(self, target: str) -> LiveModel | ServedModel:
         """The engine with the weights of ``target``."""
         if self._live is None or self._live[0] != target:
-            live = LiveModel(self.engine, FileState(self.models.weights[target]))
-            self.on_load(target)
-            self._live = (target, live)
+            if self._live is not None:
+                self._live[1].settle()
+            self._live = (target, self._make_live(target))
         return self._live[1]
+
+    def _make_live(self, target: str) -> LiveModel | ServedModel:
+        state, model = FileState(self.models.weights[target]), self.load(target)
+        if isinstance(getattr(self.engine, "model", None), torch.nn.Module):
+            serve(self.engine, model, str(self.models.weights[target].path), self.dtype)
+            return LiveModel(cast("Holder", self.engine), state)
+        return ServedModel(self.engine, state, model, self.dtype)
 
 
 def _file(stem: Path, suffix: str) -> Path:

@@ -1,9 +1,8 @@
-"""Edits on a live engine: the tensors of a cell go in, the target's own come back, nothing is loaded or written.
+"""Edits on a live model: the tensors of a cell go in, the target's own come back, nothing is loaded or written.
 
-With an engine whose model can be reached, a parameter is pointed to the edited tensor and later back to its own memory,
-which has not been written to: no weight is copied either way. What is live afterwards is read once and compared with
-a checksum of the target's file. Other engines are given the full state, edited and again unedited, and must then score
-the sentinel prompts as before.
+A parameter is pointed to the edited tensor and later back to its own memory, which has not been written to: no weight
+is copied either way. What is live afterwards is read once and compared with a checksum of the target's file. Engines
+whose model cannot be reached are edited by `rlheals.restoration.served`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,7 +19,6 @@ from rlheals.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlheals.inference import Engine
     from rlheals.spectra.reader import Weights
 
 _WORDS = 512  # words of 8 bytes in a row of the checksum's table
@@ -44,34 +42,38 @@ class FileState(Mapping[str, "Tensor"]):
         return len(self._weights.shapes)
 
 
-class LiveModel:
-    """One target behind a live engine, and at most one edit of it at a time.
+class Holder(Protocol):
+    """What has a model in this process: an engine around one, or `rlheals.restoration.served.Held`."""
 
-    Attributes:
-        engine: the engine; it holds the target's weights whenever no edit is applied.
+    model: Any
+
+    def swap(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take all weights."""
+        ...
+
+
+class LiveModel:
+    """One target in a live model, and at most one edit of it at a time.
+
+    The model holds the target's weights whenever no edit is applied.
     """
 
-    def __init__(self, engine: Engine, target: Mapping[str, Tensor]) -> None:
-        """Give the engine the target's weights.
+    def __init__(self, engine: Holder, target: Mapping[str, Tensor]) -> None:
+        """Give the model the target's weights.
 
         Args:
-            engine: any engine that can swap.
+            engine: what holds the model.
             target: full state of the target by name; read again, tensor by tensor, for checksums.
 
         Raises:
-            UserError: the state does not fit the engine's model.
+            UserError: the state does not fit the model.
         """
-        self.engine, self._target = engine, target
+        self._target = target
         self._checksums: dict[str, str] = {}
         self._kept: dict[str, Tensor] = {}
         self._edited = False
         engine.swap(target)
-        model = getattr(engine, "model", None)
-        self._parameters: dict[str, Any] | None = None
-        if isinstance(model, torch.nn.Module):
-            self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        else:
-            self._fingerprint = engine.fingerprint()
+        self._parameters: dict[str, Any] = dict(engine.model.named_parameters(remove_duplicate=False))
 
     def apply(self, changes: Mapping[str, Tensor]) -> int:
         """Make these tensors live and return how many bytes of weights they are; the caller must not write to them.
@@ -86,9 +88,6 @@ class LiveModel:
         for name, tensor in changes.items():
             self._check(name, tensor)
         self._edited = True
-        if self._parameters is None:
-            self.engine.swap({**self._target, **changes})
-            return sum(tensor.numel() * tensor.element_size() for tensor in changes.values())
         size, seen = 0, set()
         for name, tensor in changes.items():
             parameter = self._parameters[name]
@@ -110,17 +109,15 @@ class LiveModel:
         if not self._edited:
             return
         self._edited = False
-        if self._parameters is None:
-            self.engine.swap(self._target)
-            if self.engine.fingerprint() != self._fingerprint:
-                raise _not_reverted("its sentinel log-probabilities differ from those before the edit")
-            return
         kept, self._kept = self._kept, {}
         for name, data in kept.items():
             self._parameters[name].data = data
         for name in kept:
             if checksum(self._parameters[name].data) != self._checksum_of_target(name):
-                raise _not_reverted(f"tensor {name} is not the target's")
+                raise not_reverted(f"tensor {name} is not the target's")
+
+    def settle(self) -> None:
+        """Nothing: after `revert` the target answers."""
 
     @contextmanager
     def edited(self, changes: Mapping[str, Tensor]) -> Iterator[int]:
@@ -135,7 +132,7 @@ class LiveModel:
             self.revert()
 
     def _check(self, name: str, tensor: Tensor) -> None:
-        known = self._target if self._parameters is None else self._parameters
+        known = self._parameters
         if name not in known:
             raise UserError(f"the live model has no tensor {name}; edit a model of the same architecture.")
         if known[name].shape != tensor.shape:
@@ -147,7 +144,7 @@ class LiveModel:
     def _checksum_of_target(self, name: str) -> str:
         """Checksum of the target's tensor with the live model's type; where its file ties it away, of the live one."""
         if name not in self._checksums:
-            live = (self._parameters or {})[name]
+            live = self._parameters[name]
             stored = self._target[name].to(live.dtype) if name in self._target else live.data
             self._checksums[name] = checksum(stored)
         return self._checksums[name]
@@ -172,7 +169,8 @@ def checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _not_reverted(reason: str) -> UserError:
+def not_reverted(reason: str) -> UserError:
+    """The error to raise for an engine that did not return to its target."""
     return UserError(
         f"after the edit was taken back the engine does not hold the target's weights: {reason}. Its answers cannot be "
         "trusted; run again, and choose another engine (inference.engine) if it happens again."

@@ -143,31 +143,40 @@ def make_branch(run: Run, settings: PpoSettings, scratch: Path, identity: dict[s
         bfloat16=run.spec.dtype == "bfloat16",
         device=device,
         label=f"{run.arm}@{run.start}",
+        engine_dtype=run.spec.dtype,
     )
+
+
+ROLLOUT_MEMORY = 0.3
+"""Share of the GPU for an engine beside the model in training."""
 
 
 def engine_around(run: Run, parent: Path, model: Any, tokenizer: Any) -> Engine:
     """Who plays the episodes: the model in training itself, or a copy that gets its weights before every update.
 
-    ``ppo.rollouts: vllm`` serves the copy by TRL's vLLM in this process; another ``inference.engine`` by that engine.
+    ``ppo.rollouts: vllm`` serves the copy by a vLLM in this process, one a process of the training; with ``policy``,
+    another ``inference.engine`` than transformers serves it all the same.
 
     Raises:
-        UserError: vLLM is not installed or there is no GPU for it.
+        UserError: the engine is missing, does not serve the model, or cannot swap weights.
     """
     from rlheals.inference import make_engine
     from rlheals.inference.transformers_engine import TransformersEngine
 
-    inference = run.params.inference
-    if run.params.ppo.rollouts == "vllm":
-        from accelerate import Accelerator
-
-        from rlheals.training.ppo.vllm_rollout import make_vllm_rollout
-
-        context = model.config.get_text_config().max_position_embeddings
-        return make_vllm_rollout(model, tokenizer, Accelerator(), context)
-    if inference.engine == TransformersEngine.name:
+    params = run.params
+    inference = params.inference
+    name = "vllm" if params.ppo.rollouts == "vllm" else inference.engine
+    if name == TransformersEngine.name:
         return TransformersEngine(model, tokenizer, inference.batch_size, str(model.device))
-    return make_engine(run.params, parent, run.spec.dtype)
+    shared = {"engine": name, "tensor_parallel": 1, "memory_fraction": min(ROLLOUT_MEMORY, inference.memory_fraction)}
+    params = params.model_copy(update={"inference": inference.model_copy(update=shared)})
+    engine = make_engine(params, parent, run.spec.dtype)
+    if not engine.capabilities.swap:
+        raise UserError(
+            f"inference.engine is {name}, whose weights cannot be changed, so it cannot play for a model in training; "
+            "set inference.engine: transformers or vllm."
+        )
+    return engine
 
 
 def train(arm: str, branch: BranchRun) -> Curves:

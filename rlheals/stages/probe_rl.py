@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rlheals.evaluation.dialogue import EncodedRow
+    from rlheals.inference.fingerprint import Proof
 
 COLLECTED = ("rl_training", "advantages", "doctor")
 """Tables that a branch writes about its training; here those of all branches are put below each other."""
@@ -148,6 +149,7 @@ class Checkpoints:
     hands: pl.DataFrame
     loss_rows: dict[str, list[EncodedRow]]
     bar: Progress
+    proof: Proof | None = None
 
     def tables(self, branch: Branch, update: int) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Schemas ``answers`` and ``rl_losses`` of one checkpoint."""
@@ -182,7 +184,7 @@ class Checkpoints:
 
         folder, dtype = update_folder(self.run, branch, update), self.run.spec.dtype
         model = load_model(folder, dtype)
-        serve(self.prober.engine, model, str(folder), dtype)
+        self.proof = serve(self.prober.engine, model, str(folder), dtype, self.proof)
         model = model.to(resolve_device(self.run.params.compute.device))
         names = {"checkpoint_step": branch[1], "arm": branch[0], "update": update}
         records = [

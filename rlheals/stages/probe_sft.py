@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from rlheals.inference.fingerprint import Proof
     from rlheals.params import ProbeSft
 
 BASE_CELL = ""
@@ -108,6 +109,7 @@ class Rungs:
     prober: Prober
     bar: Progress
     live: int | None = None
+    proof: Proof | None = None
 
     def answers(self, step: int, split: str, hands: pl.DataFrame, attempts: int) -> pl.DataFrame:
         """Schema ``answers`` of one rung on the hands of one split."""
@@ -137,7 +139,7 @@ class Rungs:
         if step == self.live:
             return
         folder, dtype = self.ladder / f"checkpoint-{step}", self.run.spec.dtype
-        serve(self.prober.engine, load_model(folder, dtype), str(folder), dtype)
+        self.proof = serve(self.prober.engine, load_model(folder, dtype), str(folder), dtype, self.proof)
         self.live = step
 
 

@@ -15,7 +15,7 @@ from rlheals.progress import Progress
 from rlheals.publish import publish, verify
 from rlheals.reporting.schemas import read_table, write_table
 from rlheals.stages.common import Run, resolve_device, run_stage
-from rlheals.stages.probe_sft import check_fingerprint, make_prober
+from rlheals.stages.probe_sft import make_prober
 from rlheals.stages.spectra import BASE, END, GIB, MAX_OOD, RL, RUNG, folders
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def _evaluate(run: Run, models: ModelSet, scratch: Path) -> tuple[pl.DataFrame, 
 
 def make_grid(run: Run, models: ModelSet, scratch: Path) -> Grid:
     """The live engine, started once, and everything that is asked of it."""
-    from rlheals.inference.transformers_engine import fingerprint
     from rlheals.models.checkpoint import load_model
     from rlheals.restoration.grid import Grid
 
@@ -121,11 +120,10 @@ def make_grid(run: Run, models: ModelSet, scratch: Path) -> Grid:
         }
         return prober.answers(hands, 1, columns, count)
 
-    def check(name: str) -> None:
-        folder = models.weights[name].path
-        check_fingerprint(prober.engine.fingerprint(), fingerprint(load_model(folder, run.spec.dtype)), folder)
+    def load(name: str) -> Any:
+        return load_model(models.weights[name].path, run.spec.dtype)
 
-    return Grid(models, prober.engine, probe, scratch / "cells", check)
+    return Grid(models, prober.engine, probe, scratch / "cells", load, run.spec.dtype)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,14 @@ from transformers import PrinterCallback, TrainerCallback
 
 from rlheals.errors import UserError, disk_errors
 from rlheals.evaluation.dialogue import Dialogue
+from rlheals.inference.seeds import counter_seed
 from rlheals.models.checkpoint import quiet_bars
 from rlheals.progress import Progress
 from rlheals.publish import write_manifest
 from rlheals.training.ppo.batches import tokens_of
 from rlheals.training.ppo.doctor import histogram
 from rlheals.training.ppo.metrics import Facts, rollout_columns
-from rlheals.training.ppo.rollout import EpisodeRecord, collect, counter_seed, draw_hands, synchronise
+from rlheals.training.ppo.rollout import EpisodeRecord, collect, draw_hands, synchronise
 from rlheals.training.ppo.state import PROGRESS, STATES, Curves
 from rlheals.training.ppo.trainer import UPDATES, check_readable, save_checkpoint
 from rlheals.training.sft import newest_state
@@ -228,7 +229,7 @@ class Rollouts:
         begin = time.perf_counter()
         update = trainer.state.global_step // steps_per_update(run)
         torch.manual_seed(counter_seed(run.rollout.seed, update, "grpo"))  # TRL shuffles an update's episodes with it
-        synchronise(self.engine, trainer.model)
+        synchronise(self.engine, trainer.model, run.engine_dtype)
         items = [run.prompts[int(row)] for row in prompts]
         with torch.autocast(run.device, torch.bfloat16, enabled=run.bfloat16):
             records = collect(self.engine, self.dialogue, run.task, items, run.rollout, update)

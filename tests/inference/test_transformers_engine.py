@@ -9,7 +9,8 @@ import torch
 
 from rlheals.errors import UserError
 from rlheals.inference import Answer, Sampling, make_engine
-from rlheals.inference.transformers_engine import TransformersEngine, fingerprint
+from rlheals.inference.fingerprint import fingerprint
+from rlheals.inference.transformers_engine import TransformersEngine
 from tests.common import make_folder, make_model, make_params, make_tokenizer
 
 FAMILIES = ("llama", "qwen2", "words")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, first_line
 from rlheals.inference.engine import Answer, Capabilities, Sampling
-from rlheals.inference.fingerprint import check_fingerprint, context_of, sentinels
+from rlheals.inference.fingerprint import Proof, check_fingerprint, context_of, sentinels
 from rlheals.inference.prompts import check_prompts
 from rlheals.inference.seeds import counter_seed
-from rlheals.inference.stops import generation_config, make_answers, stop_tokens
+from rlheals.inference.stops import generation_config, holds_stop, make_answers, stop_tokens
 from rlheals.inference.vllm.start import shut_down, start
 from rlheals.inference.vllm.weights import push_weights
 from rlheals.models.checkpoint import check_state, skeleton
@@ -44,6 +46,8 @@ class VllmEngine:
 
     name = "vllm"
     capabilities = Capabilities(swap=True, logprobs=True, seeds=True)
+    _llm: Any
+    _stop: Callable[[], object]
 
     def __init__(self, folder: Path, tokenizer: Any, settings: VllmSettings) -> None:
         self.folder, self.tokenizer, self.settings = folder, tokenizer, settings
@@ -52,7 +56,7 @@ class VllmEngine:
         self.context = min(settings.max_context, context_of(self.config))
         self.stop_tokens = stop_tokens(generation_config(folder), tokenizer)
         self._sentinels = sentinels(self.config.get_text_config().vocab_size, context_of(self.config))
-        self._llm = start(folder, self.config, settings, self.context)
+        self._start()
         self._state: Mapping[str, Tensor] | None = None
         self._known: list[float] | None = None
         self.restarts = 0
@@ -68,8 +72,14 @@ class VllmEngine:
         check_prompts(token_ids, self.context)
         if not token_ids:
             return []
-        asked = [self._asked(row, len(prompt), sampling) for row, prompt in enumerate(token_ids)]
-        completions = [output.outputs[0] for output in self._ask([list(prompt) for prompt in token_ids], asked)]
+        prompts = dict(enumerate(map(list, token_ids)))
+        found = self._complete(prompts, sampling)
+        if sampling.stop:
+            # vLLM looks for stop strings in a text that begins in the prompt where that ends within a character, and so
+            # may see one that the response does not hold. Such rows are asked again, to the end; they are cut below.
+            early = {row: prompts[row] for row, one in found.items() if self._stopped_early(one, sampling.stop)}
+            found |= self._complete(early, replace(sampling, stop=()))
+        completions = [found[row] for row in prompts]
         sequences = [list(completion.token_ids) for completion in completions]
         scores = [_scores(completion) for completion in completions] if sampling.logprobs else None
         return make_answers(self.tokenizer, sequences, scores, self.stop_tokens, sampling.stop)
@@ -99,10 +109,13 @@ class VllmEngine:
         return self._known
 
     def close(self) -> None:
-        """Stop the engine and give its memory back."""
-        if self._llm is not None:
-            shut_down(self._llm)
-            self._llm = None
+        """Stop the engine and give its memory back; happens by itself when nothing holds the engine any more."""
+        self._llm = None
+        self._stop()
+
+    def _start(self) -> None:
+        self._llm = start(self.folder, self.config, self.settings, self.context)
+        self._stop = weakref.finalize(self, shut_down, self._llm)
 
     def _asked(self, row: int, length: int, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -121,9 +134,18 @@ class VllmEngine:
             detokenize=bool(sampling.stop),
         )
 
-    def _ask(self, prompts: list[list[int]], asked: list[Any]) -> list[Any]:
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return self._alive(lambda: self._llm.generate(requests, asked, use_tqdm=False))
+    def _complete(self, prompts: Mapping[int, list[int]], sampling: Sampling) -> dict[int, Any]:
+        """VLLM's completion of each prompt, by its row."""
+        if not prompts:
+            return {}
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts.values()]
+        asked = [self._asked(row, len(prompt), sampling) for row, prompt in prompts.items()]
+        outputs = self._alive(lambda: self._llm.generate(requests, asked, use_tqdm=False))
+        return {row: output.outputs[0] for row, output in zip(prompts, outputs, strict=True)}
+
+    def _stopped_early(self, completion: Any, stop: Sequence[str]) -> bool:
+        at_string = isinstance(completion.stop_reason, str)
+        return at_string and not holds_stop(self.tokenizer, completion.token_ids, stop)
 
     def _score(self) -> list[float]:
         from vllm import SamplingParams
@@ -167,19 +189,19 @@ class VllmEngine:
 
     def _restart(self, error: Exception) -> None:
         self.restarts += 1
-        print(f"vllm: the engine died ({_first_line(error)}); starting it again", file=sys.stderr)
+        print(f"vllm: the engine died ({first_line(error)}); starting it again", file=sys.stderr)
         self.close()
-        self._llm = start(self.folder, self.config, self.settings, self.context)
+        self._start()
         if self._state is not None:
             self._push(self._state)
         if self._known is not None:
-            check_fingerprint(self._score(), self._known, "the weights it had", dtype=self.settings.dtype)
+            check_fingerprint(Proof(self._score(), self._known), "the weights it had", self.settings.dtype)
 
     def _died(self, error: Exception) -> UserError:
         return UserError(
-            f"the vLLM engine died twice, the second time of: {_first_line(error)}. Answers that were finished are kept; "
-            "run the same command again to go on, lower inference.max_sequences or inference.memory_fraction if it ran "
-            "out of memory, or set inference.engine: transformers."
+            f"the vLLM engine died twice, the second time of: {first_line(error)}. Answers that were finished are "
+            "kept; run the same command again to go on, lower inference.max_sequences or inference.memory_fraction if "
+            "it ran out of memory, or set inference.engine: transformers."
         )
 
 
@@ -188,7 +210,3 @@ def _scores(completion: Any) -> list[float]:
     return [
         float(scores[token].logprob) for token, scores in zip(completion.token_ids, completion.logprobs, strict=True)
     ]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -76,6 +76,9 @@ def arguments(settings: VllmSettings, config: Any, context: int) -> dict[str, An
         "generation_config": "vllm",  # no sampling default that we did not choose
         "seed": 0,
     }
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Beside a training of several processes: an engine in each, which must not look for the others.
+        common["distributed_executor_backend"] = "external_launcher"
     if settings.device != "cpu":
         return common | {"gpu_memory_utilization": settings.memory_fraction}
     return common | {

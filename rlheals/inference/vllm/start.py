@@ -6,12 +6,14 @@ import contextlib
 import gc
 import os
 import random
+import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, first_line
 from rlheals.inference.vllm.checks import check_installed, check_model
 from rlheals.inference.vllm.settings import arguments, environment
 
@@ -36,7 +38,8 @@ def start(folder: Path, config: Any, settings: VllmSettings, context: int) -> An
     """
     check_installed(settings.device)
     os.environ.update(environment(settings))
-    with _unmarked():
+    print(f"vllm: starting with {folder} (about 10 s)", file=sys.stderr)
+    with _unmarked(), _quiet() if settings.in_process else contextlib.nullcontext():
         check_model(folder, config, settings)
         from vllm import LLM
 
@@ -44,9 +47,9 @@ def start(folder: Path, config: Any, settings: VllmSettings, context: int) -> An
             return LLM(model=str(folder), tokenizer=str(folder), **arguments(settings, config, context))
         except Exception as error:  # whatever its workers raise
             raise UserError(
-                f"vLLM does not start with {folder} ({str(error).strip().splitlines()[0][:300] if str(error) else error!r}); "
-                "lower inference.memory_fraction, inference.max_sequences or inference.max_context if memory is short, "
-                "or set inference.engine: transformers."
+                f"vLLM does not start with {folder} ({first_line(error, 300)}); lower inference.memory_fraction, "
+                "inference.max_sequences or inference.max_context if memory is short, or set inference.engine: "
+                "transformers."
             ) from error
 
 
@@ -56,7 +59,7 @@ def shut_down(llm: Any) -> None:
 
     core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
     with contextlib.suppress(Exception):  # a dead engine may not even stop
-        core.shutdown()
+        core.shutdown()  # type: ignore[union-attr]
     del llm, core
     with _unmarked():
         cleanup_dist_env_and_memory()
@@ -76,3 +79,18 @@ def _unmarked() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the terminal what the engine's C++ parts and loaders print while it starts; errors are exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -92,6 +92,8 @@ class Scored:
         reference: (tokens, vocabulary) logits of the reference; None where they are not kept.
         advantages: (turns,), float64.
         returns: (turns,), float64.
+        engine_deviation: largest |ratio - 1| of a token between trainer and the engine that sampled it; NaN where the
+            engine is the trainer's own model or does not say.
     """
 
     record: EpisodeRecord
@@ -104,6 +106,7 @@ class Scored:
     reference: Tensor | None
     advantages: NDArray[np.float64]
     returns: NDArray[np.float64]
+    engine_deviation: float = float("nan")
 
 
 def tokens_of(record: EpisodeRecord) -> int:

@@ -152,6 +152,16 @@ CHECKS: tuple[Check, ...] = (
         parameter="model.<name>.dtype",
     ),
     Check(
+        "engine_ratio",
+        column("engine_ratio_deviation"),
+        above=True,
+        warning=0.3,
+        error=2.0,
+        cause="the engine that plays gives its tokens other probabilities than the trainer does: bfloat16 at one end, "
+        "or weights that did not arrive",
+        parameter="ppo.rollouts",
+    ),
+    Check(
         "first_kl",
         _first("kl_old", positive=True),
         above=True,

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from rlheals.errors import UserError
+from rlheals.inference.seeds import counter_seed
 from rlheals.training.ppo.batches import Scored, make_batch, minibatches, tokens_of, tokens_weight
 from rlheals.training.ppo.losses import Units, policy_loss, ratio_units, sampled_kl, value_loss
 from rlheals.training.ppo.metrics import Losses
-from rlheals.training.ppo.rollout import counter_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,6 +29,7 @@ class Facts(NamedTuple):
     values: list[float]
     advantages: list[float]
     returns: list[float]
+    engine_deviation: float = math.nan
 
 
 def facts_of(episode: Scored) -> Facts:
@@ -44,6 +45,7 @@ def facts_of(episode: Scored) -> Facts:
         values=[float(value) for value in episode.values],
         advantages=[float(value) for value in episode.advantages],
         returns=[float(value) for value in episode.returns],
+        engine_deviation=episode.engine_deviation,
     )
 
 
@@ -82,7 +84,14 @@ def rollout_columns(facts: Sequence[Facts], critic: bool, advantages: bool) -> d
         "advantage_kurtosis": found.kurtosis if found else None,
         "advantage_positive_share": found.positive_share if found else None,
         "response_tokens_mean": tokens / len(errors),
+        "engine_ratio_deviation": _engine_deviation(facts),
     }
+
+
+def _engine_deviation(facts: Sequence[Facts]) -> float | None:
+    """Largest of the episodes; null where trainer and engine are one model."""
+    known = [episode.engine_deviation for episode in facts if not math.isnan(episode.engine_deviation)]
+    return max(known) if known else None
 
 
 def _explained_variance(facts: Sequence[Facts]) -> float | None:

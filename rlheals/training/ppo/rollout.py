@@ -33,6 +33,8 @@ class TurnSpan:
         solved: the response is right.
         format_error: it could not be read.
         verdict: the task's reason code.
+        engine_logp: log-probability of each token with loss as the engine that sampled it reports it (temperature 1, no
+            filter); None where it was not asked.
     """
 
     state_position: int
@@ -43,6 +45,7 @@ class TurnSpan:
     solved: bool
     format_error: bool
     verdict: str
+    engine_logp: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,7 @@ def _play(game: _Game, answer: Answer, dialogue: Dialogue, settings: RolloutSett
     chosen = answer.finished and following[0] == end
     stop = start + len(answer.token_ids) + int(chosen)
     split = start + thought_tokens(answer, dialogue.tokenizer, settings.answer_field)
-    game.turns.append(_span(start, min(split, stop), stop, grade, game.episode))
+    game.turns.append(_span(start, min(split, stop), stop, grade, game.episode, answer.logprobs))
     game.tokens += [*answer.token_ids, *following]
     if grade.done:
         return False
@@ -206,7 +209,9 @@ def _play(game: _Game, answer: Answer, dialogue: Dialogue, settings: RolloutSett
     return not game.truncated
 
 
-def _span(start: int, answer: int, stop: int, grade: Turn, episode: Episode) -> TurnSpan:
+def _span(
+    start: int, answer: int, stop: int, grade: Turn, episode: Episode, logprobs: Sequence[float] | None
+) -> TurnSpan:
     failed = grade.done and not grade.solved
     return TurnSpan(
         state_position=start - 1,
@@ -217,6 +222,7 @@ def _span(start: int, answer: int, stop: int, grade: Turn, episode: Episode) -> 
         solved=grade.solved,
         format_error=grade.format_error,
         verdict=grade.verdict,
+        engine_logp=None if logprobs is None else tuple(logprobs[: stop - start]),
     )
 
 
@@ -234,13 +240,18 @@ def thought_tokens(answer: Answer, tokenizer: Any, answer_field: str) -> int:
     return low
 
 
+def plays_itself(engine: Engine, policy: Any) -> bool:
+    """Whether the engine is around the live module, so that it always has the trained weights."""
+    return getattr(engine, "model", None) is policy
+
+
 def synchronise(engine: Engine, policy: Any, dtype: str = "float32") -> None:
     """Make ``engine`` answer with the weights of ``policy``: nothing to do around the live module, else a checked swap.
 
     Raises:
         UserError: the engine cannot swap, or does not answer with the weights it was given.
     """
-    if getattr(engine, "model", None) is policy:
+    if plays_itself(engine, policy):
         return
     from rlheals.inference.live import serve
 

@@ -24,7 +24,7 @@ from rlheals.training.ppo.doctor import histogram
 from rlheals.training.ppo.learner import Learner, make_optimizer
 from rlheals.training.ppo.losses import kl_penalty
 from rlheals.training.ppo.metrics import Facts, advantages_of, facts_of, loss_columns, rollout_columns
-from rlheals.training.ppo.rollout import RolloutSettings, collect, draw_hands, synchronise
+from rlheals.training.ppo.rollout import RolloutSettings, collect, draw_hands, plays_itself, synchronise
 from rlheals.training.ppo.settings import check_batches
 from rlheals.training.ppo.state import Curves, load_state, save_state
 
@@ -68,6 +68,7 @@ class BranchRun:
         bfloat16: compute in bfloat16 (autocast) with float32 weights.
         device: ``cpu`` or ``cuda``.
         label: shown by the progress bar.
+        engine_dtype: of the weights of an engine beside the policy.
     """
 
     policy: Any
@@ -87,6 +88,7 @@ class BranchRun:
     bfloat16: bool = False
     device: str = "cpu"
     label: str = "ppo"
+    engine_dtype: str = "float32"
 
 
 def train_branch(run: BranchRun) -> Curves:
@@ -232,10 +234,12 @@ class Trainer:
 
     def play(self, index: int) -> list[EpisodeRecord]:
         """This process's episodes of update ``index``."""
-        synchronise(self.engine, self.run.policy)
+        synchronise(self.engine, self.run.policy, self.run.engine_dtype)
         rows = draw_hands(len(self.run.prompts), self.run.episodes, self.run.rollout.seed, index)
         items = [self.run.prompts[row] for row in rows[self.rank :: self.world]]
-        rollout = replace(self.run.rollout, rank=self.rank)
+        compared = self.engine.capabilities.logprobs and not plays_itself(self.engine, self.run.policy)
+        sampling = replace(self.run.rollout.sampling, logprobs=compared)
+        rollout = replace(self.run.rollout, rank=self.rank, sampling=sampling)
         return collect(self.engine, self.dialogue, self.run.task, items, rollout, index)
 
     @torch.no_grad()
@@ -259,6 +263,7 @@ class Trainer:
         seen: Evaluation = self.learner.model(*batch.inputs(), batch.state_positions, logits)
         penalties = self._penalties(batch, seen, logits, sum(len(record.turns) for record in records))
         tokens = [tokens_of(record) for record in records]
+        deviations = torch.split(self._engine_deviation(records, batch, seen), tokens)
         logps, entropies = torch.split(seen.token_logp, tokens), torch.split(seen.entropy, tokens)
         kls = torch.split(seen.kl, tokens) if seen.kl is not None else [None] * len(records)
         kept = torch.split(logits, tokens) if keep and logits is not None else [None] * len(records)
@@ -280,10 +285,20 @@ class Trainer:
                     reference=kept[place],
                     advantages=nothing,
                     returns=nothing,
+                    engine_deviation=float(deviations[place].max()) if tokens[place] else float("nan"),
                 )
             )
             state, turn = state + count + int(record.truncated), turn + count
         return episodes
+
+    def _engine_deviation(self, records: Sequence[EpisodeRecord], batch: Batch, seen: Evaluation) -> Tensor:
+        """(tokens,) |p(token) by the trainer / p(token) by the engine that sampled it - 1|; NaN where unknown."""
+        told = [logp for record in records for turn in record.turns for logp in turn.engine_logp or ()]
+        if len(told) != len(seen.token_logp):
+            return torch.full_like(seen.token_logp, float("nan"))
+        tokens = batch.ids[batch.response_positions[:, 0], batch.response_positions[:, 1]]
+        own = token_log_probs(seen.logits * self.settings.temperature, tokens)
+        return torch.expm1(own - torch.tensor(told, device=own.device)).abs()
 
     def _penalties(self, batch: Batch, seen: Evaluation, logits: Tensor | None, turns: int) -> Any:
         """(turns,) float64 taken off the rewards: the sampled KL where it belongs there, else 0."""

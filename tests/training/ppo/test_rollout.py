@@ -10,11 +10,12 @@ from rlheals.errors import UserError
 from rlheals.evaluation.dialogue import Dialogue
 from rlheals.evaluation.episodes import run_episodes
 from rlheals.inference import Answer, Sampling
-from rlheals.inference.transformers_engine import TransformersEngine, fingerprint
+from rlheals.inference.fingerprint import fingerprint
+from rlheals.inference.seeds import counter_seed
+from rlheals.inference.transformers_engine import TransformersEngine
 from rlheals.training.ppo.rollout import (
     EpisodeRecord,
     collect,
-    counter_seed,
     draw_hands,
     synchronise,
     thought_tokens,
