@@ -42,7 +42,7 @@ def test_help_gives_the_exit_codes(capsys: pytest.CaptureFixture[str], command: 
 
 def test_help_lists_every_command_file(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "--help")
-    names = [path.stem for path in (Path(cli.__file__).parent / "commands").glob("[a-z]*.py")]
+    names = [path.stem.replace("_", "-") for path in (Path(cli.__file__).parent / "commands").glob("[a-z]*.py")]
     assert names
     for name in names:
         assert f"\n  {name} " in out
