@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.inference.engine import (
@@ -77,12 +77,19 @@ def known_engines() -> str:
     return f"{', '.join(sorted(ENGINES))}, or the address of a server such as http://localhost:8000/v1"
 
 
-def make_engine(params: Params, model_dir: Path, dtype: str = "float32") -> Engine:
+def make_engine(params: Params, model_dir: Path, dtype: str = "float32", **changes: Any) -> Engine:
     """The back-end named by ``inference.engine``, serving the model in ``model_dir`` with weights of ``dtype``.
+
+    Args:
+        params: the whole of params.yaml.
+        model_dir: Hugging Face folder.
+        dtype: ``float32`` or ``bfloat16``.
+        changes: keys of the block ``inference`` that are to be other than in params.
 
     Raises:
         UserError: no such back-end, it cannot serve the model, or the folder does not load.
     """
+    params = params.model_copy(update={"inference": params.inference.model_copy(update=changes)})
     factory = factory_of(params.inference.engine)
     if factory is None:
         raise UserError(

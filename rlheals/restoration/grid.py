@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 
 from rlheals.errors import UserError, disk_errors
-from rlheals.inference.live import serve
+from rlheals.inference.fingerprint import Proof, check_fingerprint, fingerprint
 from rlheals.reporting.schemas import read_table, write_table
 from rlheals.restoration.job import MatrixView, Pair, distance
 from rlheals.restoration.live import FileState, LiveModel
@@ -325,8 +325,10 @@ class Grid:
     def _make_live(self, target: str) -> LiveModel | ServedModel:
         state, model = FileState(self.models.weights[target]), self.load(target)
         if isinstance(getattr(self.engine, "model", None), torch.nn.Module):
-            serve(self.engine, model, str(self.models.weights[target].path), self.dtype)
-            return LiveModel(cast("Holder", self.engine), state)
+            live = LiveModel(cast("Holder", self.engine), state)
+            proof = Proof(self.engine.fingerprint(), fingerprint(model))
+            check_fingerprint(proof, str(self.models.weights[target].path), self.dtype)
+            return live
         return ServedModel(self.engine, state, model, self.dtype)
 
 

@@ -163,14 +163,12 @@ def engine_around(run: Run, parent: Path, model: Any, tokenizer: Any) -> Engine:
     from rlheals.inference import make_engine
     from rlheals.inference.transformers_engine import TransformersEngine
 
-    params = run.params
-    inference = params.inference
-    name = "vllm" if params.ppo.rollouts == "vllm" else inference.engine
+    inference = run.params.inference
+    name = "vllm" if run.params.ppo.rollouts == "vllm" else inference.engine
     if name == TransformersEngine.name:
         return TransformersEngine(model, tokenizer, inference.batch_size, str(model.device))
-    shared = {"engine": name, "tensor_parallel": 1, "memory_fraction": min(ROLLOUT_MEMORY, inference.memory_fraction)}
-    params = params.model_copy(update={"inference": inference.model_copy(update=shared)})
-    engine = make_engine(params, parent, run.spec.dtype)
+    memory = min(ROLLOUT_MEMORY, inference.memory_fraction)
+    engine = make_engine(run.params, parent, run.spec.dtype, engine=name, tensor_parallel=1, memory_fraction=memory)
     if not engine.capabilities.swap:
         raise UserError(
             f"inference.engine is {name}, whose weights cannot be changed, so it cannot play for a model in training; "

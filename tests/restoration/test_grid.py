@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -74,7 +74,11 @@ class Prober:
 
 
 def make_grid(models: ModelSet, prober: Prober, scratch: Path) -> Grid:
-    return Grid(models, prober.engine, prober, scratch, prober.loaded.append)
+    def load(name: str) -> Any:
+        prober.loaded.append(name)
+        return load_model(models.weights[name].path)
+
+    return Grid(models, prober.engine, prober, scratch, load)
 
 
 def nothing(count: int, note: str) -> None:

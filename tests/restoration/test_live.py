@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlheals.errors import UserError
-from rlheals.inference import Capabilities, Sampling
+from rlheals.inference import Sampling
 from rlheals.inference.transformers_engine import TransformersEngine
 from rlheals.models.checkpoint import save_model
 from rlheals.restoration.live import FileState, LiveModel, checksum
@@ -160,45 +160,6 @@ def test_a_folder_is_a_state_and_takes_the_type_of_the_engine(tmp_path: Path) ->
         with live.edited({NAME: state[NAME] + 1.0}):
             assert dict(engine.model.named_parameters())[NAME].dtype == torch.bfloat16
         assert torch.equal(engine.model.state_dict()[NAME], state[NAME].bfloat16())
-
-
-class Far:
-    """An engine whose model cannot be reached, as behind another process."""
-
-    name = "far"
-    capabilities = Capabilities(swap=True, logprobs=False, seeds=False)
-
-    def __init__(self, deaf_after: int = 1 << 30) -> None:
-        self.held: dict[str, Tensor] = {}
-        self.swaps, self.deaf_after = 0, deaf_after
-
-    def generate(self, token_ids: Any, sampling: Any) -> list[Any]:
-        return []
-
-    def swap(self, state_dict: Mapping[str, Tensor]) -> None:
-        self.swaps += 1
-        if self.swaps <= self.deaf_after:
-            self.held = {name: tensor.clone() for name, tensor in state_dict.items()}
-
-    def fingerprint(self) -> list[float]:
-        return [float(tensor.sum()) for tensor in self.held.values()]
-
-
-def test_other_engines_are_given_the_full_state() -> None:
-    state = {"a": torch.ones(3), "b": torch.zeros(2)}
-    live = LiveModel(far := Far(), state)
-    with live.edited({"b": torch.ones(2)}) as size:
-        assert [far.held[name].tolist() for name in "ab"] == [[1, 1, 1], [1, 1]]
-    assert size == 8
-    assert far.held["b"].tolist() == [0, 0]
-    with pytest.raises(UserError, match="no tensor c"):
-        live.apply({"c": torch.ones(2)})
-
-
-def test_other_engines_that_do_not_go_back_are_noticed() -> None:
-    live = LiveModel(Far(deaf_after=2), {"a": torch.ones(3)})
-    with pytest.raises(UserError, match="sentinel log-probabilities differ"), live.edited({"a": torch.zeros(3)}):
-        pass
 
 
 @given(st.integers(2, 3000), st.data())

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlheals.errors import UserError
+from rlheals.inference import Capabilities
 from rlheals.models.checkpoint import load_model, save_model
 from rlheals.models.tiny import tiny_tokenizer
 from rlheals.publish import publish, sha256_file, verify
@@ -149,9 +151,13 @@ def test_an_undeclared_branch_ends_with_exit_code_2(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: --checkpoint-step 7 is not in ppo.starts")
 
 
-def test_rollouts_by_vllm_need_a_gpu_and_leave_nothing_behind(finished: Path, params: Params) -> None:
-    asked = params.model_copy(update={"ppo": params.ppo.model_copy(update={"rollouts": "vllm"})})
-    run = Run(asked, "tiny", 0, finished, start=5, arm="reward_only")
-    with pytest.raises(UserError, match=r"vLLM (is not installed|rollouts need the policy on a GPU).*ppo\.rollouts"):
+def test_an_engine_whose_weights_cannot_change_does_not_play(
+    finished: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = SimpleNamespace(capabilities=Capabilities(swap=False, logprobs=True, seeds=True))
+    monkeypatch.setattr("rlheals.inference.make_engine", lambda *_, **__: fixed)
+    address = params.inference.model_copy(update={"engine": "http://localhost:8000/v1"})
+    run = Run(params.model_copy(update={"inference": address}), "tiny", 0, finished, start=5, arm="reward_only")
+    with pytest.raises(UserError, match=r"http://localhost:8000/v1, whose weights cannot be changed"):
         ppo(run)
     assert not run.branch("reward_only", 5).exists()

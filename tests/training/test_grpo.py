@@ -139,6 +139,7 @@ def test_rows_are_those_of_the_ppo_trainer(finished) -> None:
     assert set(rows["episodes"]) == {EPISODES}
     assert rows["learning_rate"].to_list() == [0.0, 3e-3, 3e-3, 3e-3]
     absent = {"kl_old", "value_loss", "explained_variance", "policy_loss", "ratio_max_deviation_first", "seconds_score"}
+    absent |= {"engine_ratio_deviation"}
     assert {name for name in rows.columns if rows[name].null_count()} == absent
     assert (rows["kl_reference"] > 0).all()
     assert rows["advantage_mean"].abs().max() < 1e-12

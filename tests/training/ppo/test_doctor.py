@@ -37,6 +37,7 @@ HEALTHY: dict[str, Any] = {
     "grad_norm": 0.7,
     "learning_rate": 2e-4,
     "ratio_max_deviation_first": 1e-6,
+    "engine_ratio_deviation": 1e-4,
     "advantage_mean": 0.0,
     "advantage_std": 1.0,
     "advantage_skew": -0.4,
@@ -86,6 +87,8 @@ def test_a_healthy_run_passes_every_check() -> None:
     [
         ({"ratio_max_deviation_first": one(3, 0.01, 0.0)}, "first_ratio", WARNING, 3),
         ({"ratio_max_deviation_first": one(1, 0.5, 0.0)}, "first_ratio", ERROR, 1),
+        ({"engine_ratio_deviation": one(4, 0.5, 0.0)}, "engine_ratio", WARNING, 4),
+        ({"engine_ratio_deviation": one(4, 3.0, 0.0)}, "engine_ratio", ERROR, 4),
         ({"kl_old": one(1, 0.3, 0.01)}, "first_kl", ERROR, 1),
         ({"kl_old": [0.0, 0.0, 0.06, *[0.01] * 9]}, "first_kl", WARNING, 3),
         ({"kl_old": one(7, 1.5, 0.01)}, "update_kl", ERROR, 7),
@@ -150,9 +153,18 @@ def test_an_arm_without_reward_is_not_judged_by_it() -> None:
 
 
 def test_null_columns_are_not_judged() -> None:
-    absent = ("kl_old", "value_loss", "explained_variance", "ratio_max_deviation_first", "policy_loss")
+    absent = (
+        "kl_old",
+        "value_loss",
+        "explained_variance",
+        "ratio_max_deviation_first",
+        "engine_ratio_deviation",
+        "policy_loss",
+    )
     findings = diagnose(table("grpo", **dict.fromkeys(absent)))
-    assert not {"first_kl", "update_kl", "policy_still", "explained_variance", "first_ratio"} & set(findings["check"])
+    assert not {"first_kl", "update_kl", "policy_still", "explained_variance", "first_ratio", "engine_ratio"} & set(
+        findings["check"]
+    )
     assert set(findings["level"]) == {OK}
 
 

@@ -190,6 +190,6 @@ def test_an_engine_with_a_copy_gets_the_weights_and_is_checked() -> None:
     assert copy.fingerprint() != fingerprint(policy)
     synchronise(copy, policy)
     assert copy.fingerprint() == fingerprint(policy)
-    with pytest.raises(UserError, match="does not answer with the trained weights"):
+    with pytest.raises(UserError, match=r"after swapping in the trained policy .* does not answer with these weights"):
         synchronise(Deaf(make_model("words", TOKENIZER, seed=3), TOKENIZER, 8), policy)
     synchronise(Deaf(policy, TOKENIZER, 8), policy)  # around the live module there is nothing to do
