@@ -14,6 +14,8 @@ from rlheals.errors import UserError
 KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 """Environment variables that hold the server's API key; the first that is set counts."""
 
+MAX_PORT = 65535
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -45,15 +47,15 @@ def address_of(text: str) -> Address:
     """
     try:
         url = httpx.URL(text)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise UserError(f"inference.engine is not a web address ({error}); {_EXAMPLE}.") from error
-    # The address itself is not shown where it may hold a password.
+    except (httpx.InvalidURL, ValueError):
+        raise UserError(f"inference.engine is no web address with a host and a port; {_EXAMPLE}.") from None
+    # The address itself is shown only where it cannot hold a password.
     if url.userinfo or url.query or url.fragment:
         raise UserError(
             "inference.engine holds a user name, password, query or fragment, which would be kept with every result; "
             f"give the key in the environment variable {KEYS[0]}, and {_EXAMPLE}."
         )
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > MAX_PORT:
         raise UserError(f"inference.engine is {text!r}, which is not an http or https address; {_EXAMPLE}.")
     path = url.path.rstrip("/")
     versioned = path if re.search(r"/v\d+$", path) else f"{path}/v1"
