@@ -112,27 +112,23 @@ def serving(folder: Path) -> Reply:
     """The replies of a server that holds the model of a folder: greedy answers and log-probabilities."""
     import torch
 
-    from rlheals.models.checkpoint import load_model
+    from rlheals.inference import Sampling
+    from rlheals.inference.transformers_engine import TransformersEngine
+    from rlheals.models.checkpoint import load_model, load_tokenizer
 
-    model = load_model(folder)
+    engine = TransformersEngine(load_model(folder), load_tokenizer(folder), 1)
 
     def reply(fake: Fake, path: str, body: Any) -> Any:
-        tokens = list(body["prompt"])
+        prompt = body["prompt"]
         with fake.model, torch.inference_mode():
-            logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-            own = [
-                None,
-                *({str(token): {"logprob": float(logits[row, token])}} for row, token in enumerate(tokens[1:])),
-            ]
-            others = {f"token_id:{token}": float(logits[-1, token]) for token in body.get("logprob_token_ids", [])}
-            while len(tokens) - len(body["prompt"]) < body["max_tokens"]:
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-                if tokens[-1] in body.get("stop_token_ids", []):
-                    break
+            logits = engine.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            (given,) = engine.generate([prompt], Sampling(body["max_tokens"]))
+        own = [None, *({str(token): {"logprob": float(logits[row, token])}} for row, token in enumerate(prompt[1:]))]
+        others = {f"token_id:{token}": float(logits[-1, token]) for token in body.get("logprob_token_ids", [])}
         return answer(
             {"logprobs": None, **body},
-            token_ids=tokens[len(body["prompt"]) :],
-            finish_reason="stop" if tokens[-1] in body.get("stop_token_ids", []) else "length",
+            token_ids=given.token_ids + [engine.tokenizer.eos_token_id] * given.finished,
+            finish_reason="stop" if given.finished else "length",
             prompt_logprobs=own,
             logprobs={"token_logprobs": [], "top_logprobs": [others]} if others else None,
         )

@@ -311,6 +311,17 @@ def test_a_stop_string_explains_a_short_answer(start: Any, folder: Path) -> None
     assert engine(fake, folder).generate([[30]], Sampling(3, stop=(stop,)))[0].token_ids == [31]
 
 
+def test_a_stop_string_that_is_not_in_the_answer_does_not_cut_it(start: Any, folder: Path) -> None:
+    def early(fake: Fake, path: str, body: Any) -> Any:
+        stops = body["stop"] and body["prompt"] == [30]
+        return answer(body, token_ids=[31], finish_reason="stop") if stops else answer(body)
+
+    fake = start(early)
+    answers = engine(fake, folder).generate([[40], [30]], Sampling(3, stop=("no such",)))
+    assert [each.token_ids for each in answers] == [[41, 42, 43], [31, 32, 33]]
+    assert len(completions(fake)) == 3
+
+
 def test_a_fingerprint_needs_log_probabilities_of_prompts_and_of_given_tokens(start: Any, folder: Path) -> None:
     def scores(body: dict[str, Any]) -> dict[str, Any]:
         prompt = [None, *({str(token): {"logprob": -1.0}} for token in body["prompt"][1:])]
@@ -322,6 +333,26 @@ def test_a_fingerprint_needs_log_probabilities_of_prompts_and_of_given_tokens(st
     fake = start(lambda fake, path, body: answer({"logprobs": None, **body}, **scores(body)))
     with pytest.raises(UserError, match=r"log-probabilities of given tokens \(logprob_token_ids\)"):
         engine(fake, folder).fingerprint()
+
+
+def test_weights_that_change_after_they_were_checked_are_noticed(start: Any, folder: Path) -> None:
+    served = [-1.0]
+
+    def scores(fake: Fake, path: str, body: Any) -> Any:
+        prompt = [None, *({str(token): {"logprob": served[0]}} for token in body["prompt"][1:])]
+        others = {f"token_id:{token}": served[0] for token in body.get("logprob_token_ids", [])}
+        return answer(
+            {"logprobs": None, **body},
+            prompt_logprobs=prompt,
+            logprobs={"token_logprobs": [], "top_logprobs": [others]},
+        )
+
+    built = engine(start(scores), folder)
+    assert set(built.fingerprint()) == {-1.0}
+    built.generate([[30]], Sampling(2))
+    served[0] = -1.2
+    with pytest.raises(UserError, match=r"has other weights than it had before .* moved by 0.2"):
+        built.generate([[30]], Sampling(2))
 
 
 def test_no_server_and_no_host(start: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

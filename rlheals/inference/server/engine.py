@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.inference.engine import Answer, Capabilities, Sampling
-from rlheals.inference.fingerprint import context_of, sentinels
+from rlheals.inference.fingerprint import ROUNDING, context_of, gap, sentinels
 from rlheals.inference.prompts import check_prompts
 from rlheals.inference.seeds import counter_seed
 from rlheals.inference.server.address import address_of
 from rlheals.inference.server.client import Client
 from rlheals.inference.server.protocol import Cards, Choice, Completion, choose_card, parse
-from rlheals.inference.stops import generation_config, make_answers, stop_tokens
+from rlheals.inference.stops import generation_config, holds_stop, make_answers, stop_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,6 +56,7 @@ class ServerEngine:
         card = choose_card(cards, str(folder), folder.resolve().name, self.address)
         self.model = card.id
         self.server_context = card.max_model_len or self.context
+        self._known: list[float] | None = None
 
     def generate(self, token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answer each prompt, in order.
@@ -64,13 +65,19 @@ class ServerEngine:
 
         Raises:
             UserError: a prompt is empty, leaves no room in the model's context, or needs more than the server's; the
-                server cannot be reached, refuses, cuts answers short, or does not give token ids.
+                server cannot be reached, refuses, cuts answers short, does not give token ids, or has other weights
+                than at the last `fingerprint`.
         """
         check_prompts(token_ids, self.context)
         if not token_ids:
             return []
         bodies = [self._asked(row, list(prompt), sampling) for row, prompt in enumerate(token_ids)]
         choices = self._ask(bodies)
+        wrong = [row for row, choice in enumerate(choices) if self._wrongly_stopped(choice, sampling.stop)]
+        if wrong:
+            for row, choice in zip(wrong, self._ask([bodies[row] | {"stop": []} for row in wrong]), strict=True):
+                choices[row] = choice
+        self._check_unchanged()
         sequences = [list(choice.token_ids or []) for choice in choices]
         scores = [self._scores(choice) for choice in choices] if sampling.logprobs else None
         return make_answers(self.tokenizer, sequences, scores, self.stop_tokens, sampling.stop)
@@ -92,6 +99,10 @@ class ServerEngine:
         Raises:
             UserError: the server cannot be reached, refuses, or does not give these log-probabilities.
         """
+        self._known = self._score()
+        return self._known
+
+    def _score(self) -> list[float]:
         short, long, followers = self._sentinels
         greedy = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True}
         bodies = [self._body(ids, **greedy, prompt_logprobs=0) for ids in short]
@@ -99,6 +110,21 @@ class ServerEngine:
         *scored, last = self._ask(bodies)
         found = [value for ids, choice in zip(short, scored, strict=True) for value in self._prompt_scores(ids, choice)]
         return [*found, *self._followers(followers, last)]
+
+    def _check_unchanged(self) -> None:
+        """Make sure that the server was not started again with other weights since they were checked.
+
+        Raises:
+            UserError: it was.
+        """
+        if self._known is None:
+            return
+        off = gap(self._score(), self._known)
+        if not off < ROUNDING["bfloat16"]:  # in that type, what shares a batch moves log-probabilities a little
+            raise UserError(
+                f"{self.address} has other weights than it had before (sentinel log-probabilities moved by {off:.3g} "
+                f"on average); start it with {self.folder} again, leave it alone, and run the same command again."
+            )
 
     def _asked(self, row: int, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
         """The request for one answer; all that a server may have a default of its own for is said."""
@@ -168,6 +194,16 @@ class ServerEngine:
                 f"{self.address} ended an answer after {len(tokens)} of {asked} tokens for a reason of its own; start "
                 "the server with --generation-config vllm, so that it adds no limit or end token to those asked for."
             )
+
+    def _wrongly_stopped(self, choice: Choice, stop: Sequence[str]) -> bool:
+        """Whether a response ends for a stop string that is not in its text.
+
+        vLLM searches what its incremental decoding adds, and after a prompt that ends within a character of several
+        bytes that begins with text of the prompt.
+        """
+        tokens = choice.token_ids or []
+        ended = choice.finish_reason == "length" or (tokens and tokens[-1] in self.stop_tokens)
+        return bool(stop) and not ended and not holds_stop(self.tokenizer, tokens, stop)
 
     def _scores(self, choice: Choice) -> list[float]:
         """Log-probability of each sampled token."""
