@@ -12,6 +12,7 @@ from rlheals.commands._shared import EPILOG, Json, print_json
 if TYPE_CHECKING:
     import polars as pl
 
+    from rlheals.inference import Engine
     from rlheals.params import Params
     from rlheals.stages.common import Run
 
@@ -44,20 +45,28 @@ def evaluate(
     ] = "auto",
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Weights; auto: as saved.")] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.", min=1)] = 64,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What answers: transformers, vllm, or the address of a server that holds MODEL, such as "
+            "http://host:8000/v1 (see docs/inference.md)."
+        ),
+    ] = "transformers",
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together (transformers).", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Decides the hands; the seed of a run of yours avoids what it saw.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder to write; default data/eval/<model>.")] = None,
     as_json: Json = False,
 ) -> None:
     """Probe a model: accuracy in and out of distribution, each with its 95 % Wilson interval. Decoding is greedy.
 
+    A server is asked for log-probabilities first, and refused where they are not those of the weights in MODEL.
     Every answer is written to OUTPUT/answers.parquet, the summary to OUTPUT/probe_summary.parquet.
     """
     from rlheals.publish import check_target, publish
     from rlheals.reporting.schemas import write_table
     from rlheals.stages.common import Run, quiet_environment
 
-    params = _params(model, probe, prompt_format, dtype, device, batch_size)
+    params = _params(model, probe, prompt_format, dtype, device, engine, batch_size)
     target = output or Path("data") / "eval" / model.resolve().name
     check_target(target)
     quiet_environment(params.compute.threads)
@@ -66,14 +75,22 @@ def evaluate(
     with publish(target) as directory:
         write_table(answers, "answers", directory / "answers.parquet")
         write_table(summary, "probe_summary", directory / "probe_summary.parquet")
-    used = {"model": str(model), "format": run.spec.prompt_format, "dtype": run.spec.dtype, "output": str(target)}
+    used = {
+        "model": str(model),
+        "format": run.spec.prompt_format,
+        "dtype": run.spec.dtype,
+        "engine": params.inference.engine,
+        "output": str(target),
+    }
     if as_json:
         print_json({**used, "results": summary.select(SHOWN).to_dicts()})
     else:
         _show(used, summary)
 
 
-def _params(model: Path, probe: str, prompt_format: str, dtype: str, device: str, batch_size: int) -> Params:
+def _params(
+    model: Path, probe: str, prompt_format: str, dtype: str, device: str, engine: str, batch_size: int
+) -> Params:
     """Params of the complete preset with ``model`` as the only model, called ``probed``."""
     from ruamel.yaml import YAML
 
@@ -86,6 +103,7 @@ def _params(model: Path, probe: str, prompt_format: str, dtype: str, device: str
     raw: dict[str, Any] = YAML(typ="safe").load(render(COMPLETE).text)
     raw["task"]["name"] = probe
     raw["compute"]["device"] = device
+    raw["inference"]["engine"] = engine
     raw["inference"]["batch_size"] = batch_size
     raw["models"] = ["probed"]
     raw["model"] = {
@@ -146,8 +164,22 @@ def _probe(run: Run, model: Path, n: int, attempts: int) -> tuple[pl.DataFrame, 
         "cell_id": "",
     }
     prober = make_prober(run, model)
+    _check_weights(prober.engine, model, run.spec.dtype)
     answers = prober.answers(hands, attempts, columns, Progress("eval", len(hands), "hand").update)
     return answers, summarise(answers, (1, attempts)).sort("condition", "attempts")
+
+
+def _check_weights(engine: Engine, model: Path, dtype: str) -> None:
+    """Make sure that an engine which was not given the weights of ``model`` holds them all the same.
+
+    Raises:
+        UserError: it holds others.
+    """
+    from rlheals.inference.live import serve
+    from rlheals.models.checkpoint import load_model
+
+    if not engine.capabilities.swap:
+        serve(engine, load_model(model, dtype), str(model), dtype)
 
 
 def _step(model: Path) -> int:
@@ -174,6 +206,6 @@ def _show(used: dict[str, str], summary: pl.DataFrame) -> None:
             f"{row['format_error_rate']:.3f}",
             f"{row['training_rule_rate']:.3f}",
         )
-    typer.echo(f"{used['model']}: {used['format']} prompts, {used['dtype']}, greedy")
+    typer.echo(f"{used['model']}: {used['format']} prompts, {used['dtype']}, greedy, {used['engine']}")
     Console().print(table)
     typer.echo(f"answers: {used['output']}/answers.parquet")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 from rlheals import cli
-from rlheals.models.checkpoint import save_model
+from rlheals.inference.server import ServerEngine
+from rlheals.models.checkpoint import load_model, load_tokenizer, save_model
 from rlheals.models.tiny import tiny_llama, tiny_tokenizer
 from rlheals.params import Architecture
 from rlheals.publish import verify
 from rlheals.reporting.schemas import read_table
 from rlheals.tasks import make_task
 from rlheals.tasks.general_points import GeneralPointsSpec
+from tests.fake_server import running, serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +72,7 @@ def test_shows_a_table_and_names_the_file(model: Path, tmp_path: Path, capsys: p
     ("options", "expected"),
     [
         (["--probe", "chess"], "use one of: general_points"),
+        (["--engine", "vlm"], "is 'vlm', which is not a known engine; use one of: transformers, vllm, or the address"),
         (["--format", "paper", "--n", "2"], "do not fit into the model's context"),
     ],
 )
@@ -100,3 +104,40 @@ def test_a_broken_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "config.json").write_text("{")
     assert run(str(tmp_path)) == 2
     assert "is not valid JSON" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture and tokenizer with other weights."""
+    folder = tmp_path_factory.mktemp("others") / "checkpoint-40"
+    shutil.copytree(model, folder)
+    loaded = load_model(model)
+    with torch.no_grad():
+        loaded.get_output_embeddings().weight.mul_(2)
+    save_model(loaded, load_tokenizer(model), folder)
+    return folder
+
+
+def test_a_server_answers_as_the_machine_at_hand_does(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running() as start:
+        address = start(serving(model)).url
+        for engine in (address, "transformers"):
+            target = str(tmp_path / engine[:4])
+            assert run(str(model), "--n", "2", "--engine", engine, "--output", target, "--json") == 0
+            assert json.loads(capsys.readouterr().out)["engine"] == engine
+    found, expected = (read_table(tmp_path / name / "answers.parquet", "answers") for name in ("http", "tran"))
+    assert set(found["engine"]) == {"server"}
+    assert found.drop("engine").equals(expected.drop("engine"))
+
+
+def test_a_server_of_another_model_is_asked_no_hand(
+    model: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServerEngine, "generate", lambda *_: pytest.fail("a hand was asked"))
+    with running() as start:
+        target = tmp_path / "out"
+        assert run(str(other), "--engine", start(serving(model)).url, "--output", str(target)) == 2
+    assert f"server serves other weights than {other}" in capsys.readouterr().err
+    assert not target.exists()

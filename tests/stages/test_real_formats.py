@@ -22,6 +22,7 @@ from rlheals.stages.dataset import dataset
 from rlheals.stages.probe_sft import probe_sft
 from rlheals.stages.sft import loss_sets, sft
 from tests.common import make_folder, make_params
+from tests.fake_server import running, serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -170,3 +171,32 @@ def test_a_probe_that_was_stopped_goes_on_where_it_was(
     probe_sft(run)
     assert len(asked) == 5 + 2  # two passes over three rungs: four were kept, two are asked again
     assert (run.output("probe_sft") / "answers.parquet").read_bytes() == expected
+
+
+def test_a_server_answers_for_a_ladder_of_one_rung(smaller: Run, tmp_path: Path) -> None:
+    shutil.copytree(smaller.root / "data", tmp_path / "data")
+    served = Run(smaller.params, "real", 0, tmp_path).output("sft") / "checkpoint-3"
+    with running() as start:
+        address, one = start(serving(served)).url, ("sft.checkpoints=[3]", "ppo.starts=[3]")
+        tables = []
+        for engine in (address, "transformers"):
+            run = Run(params(smaller.root / "folder", f"inference.engine={engine}", *one), "real", 0, tmp_path)
+            shutil.rmtree(run.output("probe_sft"))
+            probe_sft(run)
+            tables.append(read_table(run.output("probe_sft") / "answers.parquet", "answers"))
+        assert set(tables[0]["engine"]) == {"server"}
+        assert tables[0].drop("engine").equals(tables[1].drop("engine"))
+
+
+def test_a_server_is_refused_at_the_first_rung_that_it_does_not_hold(smaller: Run, tmp_path: Path) -> None:
+    shutil.copytree(smaller.root / "data", tmp_path / "data")
+    ladder = Run(smaller.params, "real", 0, tmp_path).output("sft")
+    with running() as start:
+        address = start(serving(ladder / "checkpoint-0")).url
+        run = Run(params(smaller.root / "folder", f"inference.engine={address}"), "real", 0, tmp_path)
+        shutil.rmtree(run.output("probe_sft"))
+        with pytest.raises(
+            UserError, match=rf"other weights than {ladder}/checkpoint-\d .* cannot be swapped; serve this"
+        ):
+            probe_sft(run)
+    assert not run.output("probe_sft").exists()
