@@ -72,6 +72,7 @@ def arguments(settings: VllmSettings, config: Any, context: int) -> dict[str, An
         "tensor_parallel_size": settings.tensor_parallel,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "trust_remote_code": False,
         "generation_config": "vllm",  # no sampling default that we did not choose
         "seed": 0,

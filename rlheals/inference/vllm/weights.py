@@ -27,7 +27,7 @@ def push_weights(llm: Any, state_dict: Mapping[str, Tensor], config: Any, settin
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state_dict.items())})
     else:
         _push_by_file(llm, state_dict)
-    if settings.device == "cpu" and config.get_text_config().tie_word_embeddings:
+    if settings.device == "cpu" and settings.in_process and config.get_text_config().tie_word_embeddings:
         # The CPU build packs the head's weights once and would go on with those packed before.
         llm.apply_model(_pack_head)
 
