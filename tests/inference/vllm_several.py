@@ -1,6 +1,6 @@
-"""What tests/inference/test_vllm_several.py runs: engines over several processes.
+"""What tests/inference/test_vllm_several.py runs: engines over several processes, and on a GPU.
 
-Run: python -m tests.inference.vllm_several tensor_parallel ROOT
+Run: python -m tests.inference.vllm_several tensor_parallel|gpu ROOT
      python -m torch.distributed.run --nproc_per_node 2 -m tests.inference.vllm_several ranks ROOT
 """
 
@@ -19,11 +19,24 @@ quiet_environment(1)
 
 def tensor_parallel(root: Path) -> dict[str, Any]:
     """One model over two workers, whose weights go through a file."""
+    from rlheals.inference.vllm import VllmSettings
+
+    return swapped(root, VllmSettings(max_sequences=16, memory_fraction=0.02, tensor_parallel=2))
+
+
+def gpu(root: Path) -> dict[str, Any]:
+    """A model in float32 on a CUDA device."""
+    from rlheals.inference.vllm import VllmSettings
+
+    return swapped(root, VllmSettings(device="cuda", max_sequences=16, memory_fraction=0.3))
+
+
+def swapped(root: Path, settings: Any) -> dict[str, Any]:
+    """A started engine that gets the weights of another model, beside transformers with those weights."""
     from rlheals.inference import Sampling
     from rlheals.inference.fingerprint import Proof, fingerprint, gap
     from rlheals.inference.live import serve
     from rlheals.inference.transformers_engine import TransformersEngine
-    from rlheals.inference.vllm import VllmSettings
     from rlheals.inference.vllm.engine import VllmEngine
     from rlheals.models.checkpoint import load_model, load_tokenizer
     from tests.common import make_folder
@@ -32,7 +45,7 @@ def tensor_parallel(root: Path) -> dict[str, Any]:
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2}
     first, second = (make_folder(root / str(seed), "llama", seed, **shape) for seed in (0, 1))
     tokenizer = load_tokenizer(first)
-    engine = VllmEngine(first, tokenizer, VllmSettings(max_sequences=16, memory_fraction=0.02, tensor_parallel=2))
+    engine = VllmEngine(first, tokenizer, settings)
     model, asked, sampling = load_model(second), prompts(8, len(tokenizer)), Sampling(8, logprobs=True)
     started = gap(engine.fingerprint(), fingerprint(load_model(first)))
     proof: Proof = serve(engine, model, "the second")
@@ -63,6 +76,6 @@ def ranks(root: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    told = (tensor_parallel if sys.argv[1] == "tensor_parallel" else ranks)(Path(sys.argv[2]))
+    told = {"tensor_parallel": tensor_parallel, "gpu": gpu, "ranks": ranks}[sys.argv[1]](Path(sys.argv[2]))
     if told:
         print(json.dumps(told))
