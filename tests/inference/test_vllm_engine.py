@@ -106,6 +106,12 @@ def test_edits_go_through_and_back(found: dict[str, Any]) -> None:
     assert cells["copy"]
 
 
+def test_a_later_turn_reuses_the_cache_of_its_conversation(found: dict[str, Any]) -> None:
+    turns = found["later turns"]
+    assert turns["length"] - 32 <= turns["cached"] <= turns["length"] + 16
+    assert turns["after a swap"] == 0
+
+
 def test_seeded_requests_survive_more_tokens_than_a_prefill_takes(llama: dict[str, Any]) -> None:
     """Split by chunked prefill they kill the CPU engine, so it is off."""
     assert llama["seeds"]["tokens"] > 2 * 16384

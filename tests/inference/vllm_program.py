@@ -202,6 +202,18 @@ def cells(vllm: VllmEngine, plain: TransformersEngine, folder: Path, asked: list
     }
 
 
+def later_turns(vllm: VllmEngine, asked: list[list[int]]) -> dict[str, Any]:
+    """Cached tokens of a second turn, which begins as the first did, and of the same after a swap."""
+    first = max(asked, key=len)
+    told = vllm.generate([first], ASKED["greedy"])[0].token_ids
+    request = [{"prompt_token_ids": [*first, *told, 5, 6, 7]}]
+    one = vllm._asked(0, len(request[0]["prompt_token_ids"]), ASKED["one token"])
+    cached = vllm._llm.generate(request, one, use_tqdm=False)[0].num_cached_tokens
+    vllm.swap(vllm._state or {})
+    again = vllm._llm.generate(request, one, use_tqdm=False)[0].num_cached_tokens
+    return {"length": len(first), "cached": cached, "after a swap": again}
+
+
 def many_seeds(vllm: VllmEngine, vocabulary: int) -> dict[str, Any]:
     """More seeded prompt tokens than one prefill takes: under chunked prefill this kills the engine."""
     asked = [prompt * 3 for prompt in prompts(120, vocabulary)]
@@ -263,6 +275,7 @@ def report(family: str, folders: Sequence[Path]) -> dict[str, Any]:
         "swaps": swaps(vllm, plain, folders, asked),
         "traps": traps(vllm, folders),
         "cells": cells(vllm, plain, folders[0], asked[:8]),
+        "later turns": later_turns(vllm, asked),
         "too long": told(lambda: vllm.generate([[5] * vllm.context], Sampling(4))),
         "empty": told(lambda: vllm.generate([[]], Sampling(4))),
         "nothing": vllm.generate([], Sampling(4)),
