@@ -34,7 +34,7 @@ def restore(
         str | None,
         typer.Option(help="What to take: uv, u, v, sigma or all.", show_default="the operator's own"),
     ] = None,
-    window: Annotated[str, typer.Option(help="Ranks: full, head:0.2, tail:64, band:0.25-0.5.")] = "full",
+    window: Annotated[str, typer.Option(help="Ranks: full, head:0.2, tail:64, ends:64-64, band:0.25-0.5.")] = "full",
     layers: Annotated[str | None, typer.Option(help="Blocks, e.g. 0-9,12; all if absent.")] = None,
     modules: Annotated[str | None, typer.Option(help="Matrices, e.g. q_proj,v_proj; all of a block if absent.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Edit the embedding too.")] = False,

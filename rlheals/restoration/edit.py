@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.models.topology import select
-from rlheals.restoration.windows import FULL, Window, band, head, parse_window, tail
+from rlheals.restoration.windows import FULL, Window, band, ends, head, parse_window, tail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rlheals.models.topology import Topology
 
-__all__ = ["BASES", "CONTROLS", "DOSED", "EVERYWHERE", "FULL", "Edit", "Scope", "Window", "band", "head", "tail"]
+__all__ = [
+    "BASES", "CONTROLS", "DOSED", "EVERYWHERE", "FULL", "Edit", "Scope", "Window", "band", "ends", "head", "tail",
+]  # fmt: skip
 
 BASES: dict[str, tuple[str, ...]] = {
     "directions": ("uv", "u", "v", "all"),

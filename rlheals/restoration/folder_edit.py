@@ -31,7 +31,8 @@ class Change:
     Attributes:
         name: of the tensor.
         shape: of it.
-        ranks: the edited window, as ``0-26 of 128``; empty where the edit does not read the spectrum.
+        ranks: the edited window, as ``0-26 of 128`` or ``0-8, 120-128 of 128``; empty where the edit does not read the
+            spectrum.
         relative: ``‖edited − target‖_F / ‖target‖_F``.
         defect: orthogonality defect of the mixed bases, see `rlheals.restoration.operators.Edited`.
     """
@@ -97,8 +98,8 @@ class FolderEdit:
         shape = self.target.shapes[name]
         ranks = ""
         if len(shape) == 2 and self.edit.operator not in ("swap", "reset", "interpolate", "noise"):
-            span = self.edit.window.slice(min(shape))
-            ranks = f"{span.start}-{span.stop} of {min(shape)}"
+            spans = [f"{span.start}-{span.stop}" for span in self.edit.window.spans(min(shape))]
+            ranks = f"{', '.join(spans) or 'none'} of {min(shape)}"
         return Change(name, shape, ranks, norm / whole if norm else 0.0, defect)
 
 

@@ -180,8 +180,9 @@ class Facts:
         orthogonality_defect: largest of them, see `rlheals.restoration.operators.Edited`.
         change_norm: of the edit, relative to the norm of the target's weights in scope.
         bytes: of the weights that changed.
-        rank_from: where the window starts, as a share of the rank.
-        rank_to: where it ends.
+        rank_from: where the window starts, as a share of the rank (of the scope's first matrix for one of counts); a
+            window of both ends starts where its trailing ranks do.
+        rank_to: where it ends; a window of both ends where its leading ranks do, which is less than ``rank_from``.
         norms: ``‖edited − target‖_F`` of each tensor in scope.
         seconds: edit, probe and revert together.
     """
@@ -213,18 +214,9 @@ def edit_model(edit: Edit, models: ModelSet) -> EditedModel:
             changes[name] = edited.tensor
             size += edited.tensor.numel() * edited.tensor.element_size()
     before = math.hypot(*(models.norm(edit.target, name) for name in names))
-    ranks = _rank_shares(edit, min(models.shapes[names[0]]))
+    ranks = edit.window.shares(min(models.shapes[names[0]]))
     relative = math.hypot(*norms.values()) / before if before else 0.0
     return EditedModel(changes, Facts(len(names), defect, relative, size, *ranks, norms))
-
-
-def _rank_shares(edit: Edit, rank: int) -> tuple[float, float]:
-    """The window as shares of the rank; a window of counts by the rank of the scope's first matrix."""
-    window = edit.window
-    if isinstance(window.rank_to, float) and (isinstance(window.rank_from, float) or window.rank_from == 0):
-        return float(window.rank_from), window.rank_to
-    columns = window.slice(rank)
-    return columns.start / rank, columns.stop / rank
 
 
 @dataclass(frozen=True)

@@ -113,15 +113,15 @@ class Job:
         """min(m, n)."""
         return min(self.target.shape)
 
-    @property
-    def window(self) -> slice:
-        """The edit's columns of this matrix."""
-        return self.edit.window.slice(self.rank)
+    @cached_property
+    def window(self) -> list[slice]:
+        """The edit's columns of this matrix, one run after the other."""
+        return self.edit.window.spans(self.rank)
 
     @property
     def width(self) -> int:
         """How many columns."""
-        return int(self.window.stop - self.window.start)
+        return sum(span.stop - span.start for span in self.window)
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -139,9 +139,9 @@ class Job:
             self.read[key] = gather(side_reader(view, side), spans, self.dtype)
         return self.read[key]
 
-    def spectrum(self, values: Tensor, span: slice) -> Tensor:
+    def spectrum(self, values: Tensor, spans: list[slice]) -> Tensor:
         """Some singular values."""
-        return values[span].to(self.dtype)
+        return torch.cat([values[span] for span in spans]).to(self.dtype)
 
 
 @dataclass(frozen=True)

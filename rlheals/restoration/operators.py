@@ -17,6 +17,7 @@ from rlheals.restoration.job import Edited, Job, MatrixView, Pair, Result, dista
 from rlheals.restoration.orthonormal import (
     DirectRotation,
     Planes,
+    blocks_of,
     carried_by_rest,
     equal_planes,
     geodesic,
@@ -25,7 +26,7 @@ from rlheals.restoration.orthonormal import (
     rest_of,
     sine_norm,
 )
-from rlheals.spectra.angles import SIDES, Side, blocks, side_reader
+from rlheals.spectra.angles import SIDES, Side, side_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,26 +146,27 @@ def _all_directions(job: Job) -> Result:
     return Result((left * sigma) @ right.mT)
 
 
-def _add_triples(job: Job, matrix: Tensor, view: FactorView, weights: Tensor, span: slice) -> Tensor:
-    """Add ``Σ weights[i] u_i v_iᵀ`` over the span to ``matrix`` in place, a block of vectors at a time."""
-    for block in blocks(span):
+def _add_triples(job: Job, matrix: Tensor, view: FactorView, weights: Tensor, spans: list[slice]) -> Tensor:
+    """Add ``Σ weights[i] u_i v_iᵀ`` over the spans to ``matrix`` in place, a block of vectors at a time."""
+    for block in blocks_of(spans):
         left, right = (side_reader(view, side)(block).to(job.dtype) for side in SIDES)
-        matrix.addmm_(left * job.spectrum(weights, block), right.mT)
+        matrix.addmm_(left * job.spectrum(weights, [block]), right.mT)
     return matrix
 
 
 def _window_vectors(job: Job, side: Side) -> Tensor:
     """The vectors that the edited matrix has in the window."""
-    return job.columns(job.base if side in job.sides else job.tuned, side, [job.window])
+    return job.columns(job.base if side in job.sides else job.tuned, side, job.window)
 
 
 def _signs(job: Job) -> Tensor:
     """For each triple of the window +1 or −1: the sign of the reference's pair that is nearer to the target's."""
     cosines = torch.zeros(job.width, dtype=job.dtype)
-    for block in blocks(job.window):
+    parts = blocks_of(job.window)
+    for block, cosine in zip(parts, torch.split(cosines, [part.stop - part.start for part in parts]), strict=True):
         for side in SIDES:
             ours, theirs = (side_reader(view, side)(block) for view in (job.tuned, job.base))
-            cosines[block.start - job.window.start : block.stop - job.window.start] += (ours * theirs).sum(dim=0)
+            cosine += (ours * theirs).sum(dim=0)
     return torch.where(cosines < 0, -1.0, 1.0).to(job.dtype)
 
 
@@ -176,12 +178,12 @@ def _rest(job: Job) -> tuple[Tensor, float]:
 
 def _rest_by_matrix(job: Job) -> tuple[Tensor, list[float]]:
     """`_rest` from the vectors of the window alone: cheaper for narrow windows."""
-    left, right = (job.columns(job.tuned, side, [job.window]) for side in SIDES)
+    left, right = (job.columns(job.tuned, side, job.window) for side in SIDES)
     sigma = job.spectrum(job.tuned.values, job.window)
     matrix = job.wide(job.target).addmm_(left * sigma, right.mT, alpha=-1.0)
     sines = []
     for side in job.sides:
-        old, new = _both(job, side, [job.window])
+        old, new = _both(job, side, job.window)
         if job.edit.official:
             sines.append(sine_norm(old, new))
             continue
@@ -208,7 +210,7 @@ def _rest_by_factors(job: Job) -> tuple[Tensor, list[float]]:
             rotation = DirectRotation(old, new)
             frames[side] = rotation.carry_(frames[side].clone())
             sines.append(rotation.sine)
-    sigma = torch.cat([job.spectrum(job.tuned.values, span) for span in spans])
+    sigma = job.spectrum(job.tuned.values, spans)
     return (frames["left"] * sigma) @ frames["right"].mT, sines
 
 
@@ -222,7 +224,7 @@ def _few(job: Job, side: Side) -> tuple[list[slice], bool]:
     square = job.target.shape[0 if side == "left" else 1] == job.rank
     if square and 2 * job.width >= job.rank:
         return rest_of(job.window, job.rank), True
-    return [job.window], False
+    return job.window, False
 
 
 @operator
@@ -300,7 +302,7 @@ def noise(job: Job) -> Result:
 def round_trip(job: Job) -> Result:
     """A control: the target put together again from its own factors, which changes nothing but rounding."""
     matrix = torch.zeros(job.target.shape, dtype=job.dtype)
-    return Result(_add_triples(job, matrix, job.tuned, job.tuned.values, slice(0, job.rank)))
+    return Result(_add_triples(job, matrix, job.tuned, job.tuned.values, [slice(0, job.rank)]))
 
 
 @operator
@@ -325,7 +327,7 @@ def remove_outside(job: Job) -> Result:
 def _drift(job: Job) -> tuple[Tensor, list[Tensor]]:
     """``W_T − W_B``, and the reference's vectors of the window on both sides."""
     drift = job.wide(job.target).sub_(job.reference.to(job.dtype))
-    return drift, [job.columns(job.base, side, [job.window]) for side in SIDES]
+    return drift, [job.columns(job.base, side, job.window) for side in SIDES]
 
 
 def _generator(job: Job, side: str) -> torch.Generator:

@@ -43,7 +43,7 @@ def gather(read: Callable[[slice], Tensor], spans: Sequence[slice], dtype: torch
         spans: which columns, one slice after the other.
         dtype: of the result; the float64 columns are in memory only a block at a time.
     """
-    parts = [read(block).to(dtype) for span in spans for block in blocks(span)]
+    parts = [read(block).to(dtype) for block in blocks_of(spans)]
     if len(parts) == 1:
         return parts[0]
     whole = parts[0].new_empty(sum(part.shape[1] for part in parts), parts[0].shape[0]).mT
@@ -51,9 +51,16 @@ def gather(read: Callable[[slice], Tensor], spans: Sequence[slice], dtype: torch
     return whole
 
 
-def rest_of(window: slice, rank: int) -> list[slice]:
-    """The columns outside ``window``."""
-    return [span for span in (slice(0, window.start), slice(window.stop, rank)) if span.stop > span.start]
+def blocks_of(spans: Sequence[slice]) -> list[slice]:
+    """The spans cut into what is read at a time."""
+    return [block for span in spans for block in blocks(span)]
+
+
+def rest_of(spans: Sequence[slice], rank: int) -> list[slice]:
+    """The columns outside the spans, which are in order."""
+    starts = [0, *(span.stop for span in spans)]
+    stops = [*(span.start for span in spans), rank]
+    return [slice(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start]
 
 
 def polar(matrix: Tensor) -> Tensor:

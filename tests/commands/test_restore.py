@@ -88,6 +88,8 @@ def test_a_dry_run_writes_nothing(
     assert (code, "7 of 21 tensors would change" in text, "ranks 60-64 of 64" in text) == (0, True, True)
     code, text, _ = run(capsys, "restore", reference, target, *options, "--json")
     assert (code, len(json.loads(text)["would_change"])) == (0, 7)
+    _, text, _ = run(capsys, "restore", reference, target, *options, "--window", "ends:8-4")
+    assert "ranks 0-8, 60-64 of 64" in text
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -211,6 +211,7 @@ def test_confirmed_rows_come_before_screened_ones():
         ({}, "directions of the base"),
         ({"rank_to": 0.2}, "directions of the base, top 20 %"),
         ({"rank_from": 0.25, "rank_to": 0.5}, "directions of the base, ranks 25 to 50 %"),
+        ({"rank_from": 0.8, "rank_to": 0.1}, "directions of the base, top 10 % and last 20 %"),
         ({"layers": "0-2,5"}, "directions of the base, layers 0-2,5"),
         ({"layers": "3"}, "directions of the base, layer 3"),
         ({"layers": "", "modules": "embed_tokens,lm_head"}, "directions of the base, embedding and head"),
