@@ -15,6 +15,7 @@ from rlheals.restoration.edit import DOSED, Edit
 from rlheals.restoration.operators import Edited, Pair, apply_edit
 from rlheals.restoration.patch import Origin, identify
 from rlheals.restoration.plan import needs_factors
+from rlheals.restoration.tied import twins
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +65,7 @@ class FolderEdit:
         self.target: Weights = models.weights[edit.target]
         self.reference: Weights = models.weights[edit.reference]
         chosen = edit.names(self.target.topology)
-        self._twins = _twins(self.target, chosen)
+        self._twins = twins(self.target, chosen)
         self.names = tuple(name for name in self.target.shapes if name in chosen or name in self._twins)
         self.changes: list[Change] = []
 
@@ -215,12 +216,3 @@ def _sources(models: Mapping[str, Mapping[str, str]], digest: str) -> list[str]:
 
 def _licence(target: str) -> list[str]:
     return [f"The licence and terms of `{target}` apply to this model too.", ""]
-
-
-def _twins(target: Weights, chosen: Sequence[str]) -> dict[str, str]:
-    """A tied head that is stored on its own, and the embedding it must follow."""
-    if not target.topology.tied:
-        return {}
-    embeddings = [m.name for m in target.topology.matrices if m.kind == "embedding" and m.name in chosen]
-    heads = [name for name in target.topology.left_out if name.rpartition(".")[0].endswith("lm_head")]
-    return {head: embeddings[0] for head in heads if embeddings and head.endswith(".weight")}

@@ -19,6 +19,7 @@ from rlheals import __version__
 from rlheals.errors import UserError
 from rlheals.restoration.exact import Counts, Step, make_step, pack, unpack
 from rlheals.restoration.tensor_file import DTYPES, NAMES, TensorFile, TensorFileWriter, raw
+from rlheals.restoration.tied import counterparts
 from rlheals.spectra.reader import Weights, check_same
 
 if TYPE_CHECKING:
@@ -260,23 +261,25 @@ class PatchWriter:
 def make_patch(before: Path, after: Path, out: Path) -> None:
     """Write the patch from one model to another of the same architecture.
 
+    A tied head that only the first stores on its own becomes the embedding of the second.
+
     Raises:
         UserError: the models differ in names, shapes or types, do not differ at all, or cannot be read; see also
             `PatchWriter`.
     """
     with Weights(before) as old, Weights(after) as new:
         check_same(old, new)
-        names = [name for name in old.shapes if name in new.shapes and old.digest(name) != new.digest(name)]
+        becomes = counterparts(old, new)
+        names = [name for name in old.shapes if name in becomes and old.digest(name) != new.digest(becomes[name])]
         if not names:
             raise UserError(f"{after} has the very weights of {before}, so there is nothing to patch.")
         for name in names:
-            if old.dtypes[name] != new.dtypes[name]:
-                raise UserError(
-                    f"{name} is {old.dtypes[name]} in {before} but {new.dtypes[name]} in {after}; save both alike."
-                )
+            found = new.dtypes[becomes[name]]
+            if old.dtypes[name] != found:
+                raise UserError(f"{name} is {old.dtypes[name]} in {before} but {found} in {after}; save both alike.")
         with PatchWriter(out) as writer:
             for name in names:
-                writer.add(name, old.tensor(name), new.tensor(name))
+                writer.add(name, old.tensor(name), new.tensor(becomes[name]))
             writer.finish([Origin({}, {}, identify(old))])
 
 
