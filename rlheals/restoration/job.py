@@ -109,6 +109,11 @@ class Job:
         return torch.float64 if self.target.dtype == torch.float64 else torch.float32
 
     @property
+    def rounds(self) -> bool:
+        """Whether the result is rounded to a narrower type than it is computed in."""
+        return self.target.dtype != self.dtype
+
+    @property
     def rank(self) -> int:
         """min(m, n)."""
         return min(self.target.shape)

@@ -14,6 +14,7 @@ import torch
 
 from rlheals.errors import UserError
 from rlheals.restoration.job import Edited, Job, MatrixView, Pair, Result, distance
+from rlheals.restoration.matching import of_norm
 from rlheals.restoration.orthonormal import (
     DirectRotation,
     Planes,
@@ -103,11 +104,20 @@ def reset(job: Job) -> Result:
 
 @operator
 def interpolate(job: Job) -> Result:
-    """``(1 − t) W_T + t W_B``; the reference's tensor itself at t = 1."""
+    """``(1 − t) W_T + t W_B``; the reference's tensor itself at t = 1.
+
+    As a control it is a step of the norm that its t has, also after rounding.
+    """
     share = job.edit.amount(job.name)
     if share == 1.0:
         return Result(job.reference)
-    return Result(job.wide(job.target).lerp_(job.reference.to(job.dtype), share))
+
+    def moved(share: float) -> Tensor:
+        return job.wide(job.target).lerp_(job.reference.to(job.dtype), share)
+
+    if not job.rounds or job.name not in dict(job.edit.amounts):
+        return Result(moved(share))
+    return Result(of_norm(moved, job.target, share * distance(job.reference, job.target), share, most=1.0))
 
 
 @operator
@@ -278,6 +288,9 @@ def _turn_to_norm(job: Job, norm: float) -> Tensor:
     for side in job.sides:
         length = job.target.shape[0 if side == "left" else 1]
         planes[side] = equal_planes(length, job.rank // 2, _generator(job, side), start)
+    if job.rounds:
+        first = norm / max(norm, float(torch.linalg.vector_norm(start)))
+        return of_norm(lambda angle: _turn(job, planes.get, angle), job.target, norm, first, most=math.pi)
     angle = 0.01
     for _ in range(12):
         turned = _turn(job, planes.get, angle)
@@ -295,7 +308,10 @@ def noise(job: Job) -> Result:
     if norm is None:
         norm = job.edit.dose * distance(job.reference, job.target)
     draw = torch.randn(job.target.shape, generator=_generator(job, ""), dtype=job.dtype)
-    return Result(draw.mul_(norm / float(torch.linalg.vector_norm(draw))).add_(job.target))
+    length = float(torch.linalg.vector_norm(draw))
+    if job.rounds:
+        return Result(of_norm(lambda size: (draw * (size / length)).add_(job.target), job.target, norm, norm))
+    return Result(draw.mul_(norm / length).add_(job.target))
 
 
 @operator
