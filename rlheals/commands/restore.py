@@ -58,7 +58,8 @@ def restore(
     """Edit the weights of TARGET towards those of REFERENCE, without training, as a new folder or a patch file.
 
     The folder loads like any other: weights, config, tokenizer, templates, and a model card with the exact recipe.
-    Reads and writes one tensor at a time. Decompositions are kept in the cache `rlheals diagnose` uses.
+    Reads and writes one tensor at a time, in start-up memory plus at most eight times the largest tensor as float32,
+    whatever type it is stored in. Decompositions are kept in the cache `rlheals diagnose` uses.
     """
     from rlheals.restoration.folder_edit import FolderEdit
     from rlheals.restoration.grid import ModelSet

@@ -12,6 +12,7 @@ import torch
 
 from rlheals import __version__
 from rlheals.restoration.edit import DOSED, Edit
+from rlheals.restoration.job import length
 from rlheals.restoration.operators import Edited, Pair, apply_edit
 from rlheals.restoration.patch import Origin, identify
 from rlheals.restoration.plan import needs_factors
@@ -83,7 +84,7 @@ class FolderEdit:
             for view in views:  # decomposing takes most of the memory, so it is done while no weight is held
                 view.factors()
         done = apply_edit(self.edit, Pair(*views), name=source)
-        norm = float(torch.linalg.vector_norm(done.tensor.float())) if done.change_norm else 0.0
+        norm = length(done.tensor) if done.change_norm else 0.0
         self.changes.append(self._change(name, done.change_norm, norm, done.orthogonality_defect))
         return done
 

@@ -14,7 +14,7 @@ from rlheals.spectra.angles import SIDES, Side, side_reader
 from rlheals.spectra.factors import FactorView, MemoryFactors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -158,11 +158,32 @@ class Result:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """``‖one − other‖_F``, a block of rows at a time so that the difference stays in the processor's cache."""
+    """``‖one − other‖_F``, a block of rows at a time so that the difference stays in the processor's cache.
+
+    Differences whose squares are too small for the type count as well.
+    """
+    squares = 0.0
+    for part in _differences(one, other):
+        squares += float(torch.linalg.vector_norm(part)) ** 2
+    return math.sqrt(squares) or _tiny_distance(one, other)
+
+
+def length(tensor: Tensor) -> float:
+    """``‖tensor‖_F``, without a wide copy of it."""
+    return distance(tensor, tensor.new_zeros(1).expand_as(tensor))
+
+
+def _differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
     wide = torch.float64 if one.dtype == torch.float64 else torch.float32
     rows = max(1, _CACHED // max(1, one[:1].numel()))
-    squares = 0.0
     for start in range(0, len(one), rows):
-        part = one[start : start + rows].to(wide) - other[start : start + rows].to(wide)
-        squares += float(torch.linalg.vector_norm(part)) ** 2
-    return math.sqrt(squares)
+        yield one[start : start + rows].to(wide) - other[start : start + rows].to(wide)
+
+
+def _tiny_distance(one: Tensor, other: Tensor) -> float:
+    """`distance` in units of the largest difference; 0 for equal tensors."""
+    unit = max((float(part.abs().max()) for part in _differences(one, other) if part.numel()), default=0.0)
+    if not unit:
+        return 0.0
+    scaled = (float(torch.linalg.vector_norm(part.to(torch.float64) / unit)) for part in _differences(one, other))
+    return unit * math.hypot(*scaled)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rlheals.errors import UserError
 from rlheals.restoration.edit import BASES, CONTROLS, FULL, Edit, Scope, Window, band, ends, head, tail
+from rlheals.restoration.job import length
 from rlheals.restoration.operators import OPERATORS, Edited, MatrixView, Pair, apply_edit, distance
 from rlheals.spectra.angles import principal_angles, resolve_k
 from rlheals.spectra.factors import Factors, MemoryFactors
@@ -400,3 +401,13 @@ def test_other_shapes_are_refused() -> None:
     pair = Pair(MatrixView.of(torch.zeros(4, 3)), MatrixView.of(torch.ones(4, 4)))
     with pytest.raises(UserError, match=r"tensor weight is \[4, 3\] in base but \[4, 4\] in sft_end"):
         run(pair, "swap")
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-25, torch.float32), (1e-200, torch.float64), (1e-38, torch.bfloat16)])
+def test_the_smallest_changes_have_a_size(scale: float, dtype: torch.dtype) -> None:
+    one = torch.full((4, 5), scale, dtype=dtype)
+    assert distance(2 * one, one) == pytest.approx(math.sqrt(20) * scale, rel=0.01)
+    assert length(one) == pytest.approx(math.sqrt(20) * scale, rel=0.01)
+    assert distance(one, one) == 0.0
+    swap = Edit("swap", "all", "base", "sft_end", Scope())
+    assert apply_edit(swap, Pair(MatrixView.of(2 * one), MatrixView.of(one)), name="x").change_norm > 0
