@@ -47,6 +47,8 @@ CONTROLS = ("random_rotation", "noise", "round_trip")
 """Operators that take nothing from the reference but a size: an angle, a norm, or none."""
 DOSED = ("rotate", "interpolate", "remove_outside", "remove_inside", "random_rotation", "noise")
 """Operators that have a dose; elsewhere it is 1."""
+BY_ANGLES = ("directions", "rotate")
+"""Operators that turn the vectors of a window by angles, as long as the window is not the whole rank of a matrix."""
 OFFICIAL = ("directions", "values", "swap")
 """Operators that the paper's released scripts have."""
 _LLAMA = ("llama", "mllama")
@@ -177,6 +179,11 @@ class Edit:
         parts += [] if self.dose == 1.0 else [f"dose{self.dose:g}"]
         parts += ["official"] * self.official + [f"draw{self.seed}"] * bool(self.control_of)
         return re.sub(r"[^A-Za-z0-9_.+-]", "-", "_".join([*parts, digest]))
+
+    @property
+    def controlled(self) -> str:
+        """Operator of the cell that this one controls, which its id begins with; empty for other edits."""
+        return next((name for name in BASES if self.control_of.startswith(f"{name}_")), "")
 
     def amount(self, name: str) -> float:
         """The amount for this tensor; the dose where none is given for it."""

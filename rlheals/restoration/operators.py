@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlheals.errors import UserError
+from rlheals.restoration.edit import BY_ANGLES
 from rlheals.restoration.job import Edited, Job, MatrixView, Pair, Result, distance
 from rlheals.restoration.matching import of_norm
 from rlheals.restoration.orthonormal import (
@@ -254,10 +255,12 @@ def random_rotation(job: Job) -> Result:
     """A control: the target's window turned by the angles it has to the reference's, but in a random direction.
 
     With an amount for the tensor, as many dimensions as its rank turn instead, in random planes by one angle, such that
-    the change has this norm: for whole spectra, whose spans have no angles.
+    the change has this norm: for whole spectra, whose spans have no angles, and for edits that are no matter of angles.
     """
-    if job.name in dict(job.edit.amounts):
-        return Result(_turn_to_norm(job, job.edit.amount(job.name)))
+    norm = dict(job.edit.amounts).get(job.name)
+    has_angles = job.edit.controlled in BY_ANGLES and job.width < job.rank
+    if norm is not None and not has_angles:
+        return Result(_turn_to_norm(job, norm))
 
     def planes(side: Side) -> Planes | None:
         spans, _ = _few(job, side)

@@ -80,6 +80,27 @@ def test_controls_are_as_large_as_the_edit(edit: Edit) -> None:
                 torch.testing.assert_close(now, MODEL[name].target.factors().values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("window", [head(64), head(0.99), head(8)], ids=lambda window: window.text)
+def test_a_window_that_covers_the_rank_of_a_matrix_has_a_control_of_its_norm(window: Window) -> None:
+    """On a square matrix such a span has no angles, so that a rotation by them would change nothing."""
+    edit = cell("directions", "uv", window)
+    norms = {name: edited.change_norm for name, edited in applied(edit).items()}
+    turn = next(c for c in controls(edit) if c.operator == "random_rotation")
+    for name, edited in applied(turn).items():
+        assert edited.change_norm == pytest.approx(norms[name], rel=2e-3)
+
+
+def test_each_matrix_has_the_rotation_that_its_rank_allows() -> None:
+    pairs = {"narrow": drifted(8, 8, seed=1, dtype=torch.float32), "wide": drifted(24, 24, seed=2, dtype=torch.float32)}
+    edit = cell("directions", "uv", head(8))
+    norms = {name: apply_edit(edit, pair, name=name).change_norm for name, pair in pairs.items()}
+    turn = next(c for c in controls_of(edit, norms, norms) if c.operator == "random_rotation")
+    alone = Edit("random_rotation", "uv", "base", "sft_end", edit.scope, edit.window)
+    found = {name: apply_edit(turn, pair, name=name) for name, pair in pairs.items()}
+    assert found["narrow"].change_norm == pytest.approx(norms["narrow"], rel=2e-3)
+    assert torch.equal(found["wide"].tensor, apply_edit(alone, pairs["wide"], name="wide").tensor)
+
+
 def test_a_step_longer_than_the_way_ends_at_the_reference() -> None:
     edit = cell("directions", "uv", tail(2))
     names = edit.names(TOPOLOGY)
