@@ -1,8 +1,8 @@
 """What each edit is held against, so that "these directions matter" can be told from "any move back helps".
 
-- ``random_rotation``: the window turned by the very angles, or, where the edit takes a matrix's whole rank or is no matter
-  of angles, everything turned by as much as changes the tensor by the same norm; always in a random direction, and the
-  singular values stay. The same angles in a random direction change the weights more than the edit does.
+- ``random_rotation``: the window turned by the very angles, or, where the edit takes a matrix's whole rank or is no
+  matter of angles, everything turned by as much as changes the tensor by the same norm; always in a random direction,
+  and the singular values stay. The same angles in a random direction change the weights more than the edit does.
 - ``noise``: a Gaussian change of the same norm in every tensor.
 - ``interpolate``: a plain step back towards the reference's weights, of the same norm in every tensor.
 - ``round_trip``: the target through its own factors and back, which shows what the arithmetic alone does.

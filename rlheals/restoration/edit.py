@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,11 @@ DOSED = ("rotate", "interpolate", "remove_outside", "remove_inside", "random_rot
 """Operators that have a dose; elsewhere it is 1."""
 BY_ANGLES = ("directions", "rotate")
 """Operators that turn the vectors of a window by angles, as long as the window is not the whole rank of a matrix."""
+WINDOWLESS = ("swap", "interpolate", "reset", "noise", "round_trip")
+"""Operators that take a tensor whole, and so have no window; elsewhere the window says which ranks are edited."""
+TURNING = ("rotate", "random_rotation")
+"""Operators that turn a span by angles, which the span of all vectors does not have."""
+_SHARES = ("rotate", "interpolate", "remove_outside", "remove_inside")
 OFFICIAL = ("directions", "values", "swap")
 """Operators that the paper's released scripts have."""
 _LLAMA = ("llama", "mllama")
@@ -135,7 +141,8 @@ class Edit:
             part of the name.
 
     Raises:
-        UserError: an unknown operator, a basis or dose it does not have, or ``official`` where nothing was released.
+        UserError: an unknown operator, a basis, dose or window it does not have, or ``official`` where nothing was
+            released.
     """
 
     operator: str
@@ -158,14 +165,35 @@ class Edit:
             raise UserError(
                 f"{self.operator} has no basis {self.basis!r}; choose among {', '.join(BASES[self.operator])}."
             )
-        if self.operator not in DOSED and self.dose != 1.0:
-            raise UserError(f"{self.operator} has no dose; leave dose at 1 or use one of {', '.join(DOSED)}.")
-        if self.operator in ("rotate", "interpolate", "remove_outside", "remove_inside") and not 0 <= self.dose <= 1:
-            raise UserError(f"the dose of {self.operator} is a share within 0 and 1, not {self.dose:g}.")
+        self._check_dose()
+        self._check_window()
         released = self.operator in OFFICIAL and self.basis not in ("u", "v")
         if self.official and not released and not self.control_of:
             raise UserError(
                 f"the released scripts have no {self.operator} with basis {self.basis!r}; leave out official."
+            )
+
+    def _check_dose(self) -> None:
+        if self.operator not in DOSED and self.dose != 1.0:
+            raise UserError(f"{self.operator} has no dose; leave dose at 1 or use one of {', '.join(DOSED)}.")
+        if self.operator in _SHARES and not 0 <= self.dose <= 1:
+            raise UserError(f"the dose of {self.operator} is a share within 0 and 1, not {self.dose:g}.")
+        for amount in (self.dose, *(amount for _, amount in self.amounts)):
+            if not (math.isfinite(amount) and amount >= 0):
+                raise UserError(f"the dose of {self.operator} is a number from 0 up, not {amount:g}.")
+
+    def _check_window(self) -> None:
+        """Refuse a window that would be told, but not used; a control has that of its cell, which names it."""
+        if self.control_of:
+            return
+        if self.operator in WINDOWLESS and not self.window.is_full:
+            raise UserError(
+                f"{self.operator} takes every tensor whole and has no window {self.window.text}; leave out the window."
+            )
+        if self.operator in TURNING and self.window.is_full and not self.amounts:
+            raise UserError(
+                f"{self.operator} turns a part of the singular vectors; all of them span the whole space, which has no "
+                "angles, so give a window such as head:0.2."
             )
 
     @property

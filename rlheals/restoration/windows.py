@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from rlheals.errors import UserError
 
+_PLACES = 9  # of a share in a window's text
+
+
+def _check_told(end: float) -> None:
+    """Refuse a share that the text of a window, which has nine places, would tell as none."""
+    if 0 < end < 0.5 * 10**-_PLACES:
+        raise UserError(
+            f"{end!r} of the ranks is less than a rank of any matrix and makes no window; give a share such as 0.01."
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Window:
@@ -37,6 +47,7 @@ class Window:
                 raise UserError(
                     f"{end!r} is no end of a window of ranks: give a whole rank, or a share within 0 and 1 such as 0.2."
                 )
+            _check_told(end)
         if min(self.rank_from, self.rank_to) < 0 and self.rank_to != 1.0:
             raise UserError(f"only a window that reaches the last rank may count from the end, not {self.rank_from}.")
         alike = isinstance(self.rank_from, float) == isinstance(self.rank_to, float)
@@ -109,6 +120,7 @@ def head(k: float) -> Window:
 
 def tail(k: float) -> Window:
     """The last ``k`` ranks: a count or a share."""
+    _check_told(k)
     return Window(_complement(k), 1.0) if k else Window(0, 0)
 
 
@@ -169,13 +181,13 @@ def _text(end: float) -> str:
     """A share always with its point, so that it reads as one."""
     if isinstance(end, int):
         return str(end)
-    short = f"{end:.9f}".rstrip("0")
+    short = f"{end:.{_PLACES}f}".rstrip("0")
     return f"{short}0" if short.endswith(".") else short
 
 
 def _complement(k: float) -> float:
     """Where the last ``k`` ranks start, and the other way round."""
-    return -k if isinstance(k, int) else round(1.0 - k, 9)
+    return -k if isinstance(k, int) else round(1.0 - k, _PLACES)
 
 
 def _is_end(end: float) -> bool:

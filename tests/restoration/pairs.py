@@ -8,6 +8,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from rlheals.restoration.edit import FULL, TURNING, WINDOWLESS, head
 from rlheals.restoration.operators import MatrixView, Pair
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ def turn(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     first, second = old @ old.T, new @ new.T
     unit = np.eye(len(old))
     return scipy.linalg.polar(second @ first + (unit - second) @ (unit - first))[0]
+
+
+def fitting(operator: str, window: Window) -> Window:
+    """The window, or one that the operator takes: none where it has none, and all ranks as a count where it turns."""
+    if operator in WINDOWLESS:
+        return FULL
+    return head(64) if operator in TURNING and window == FULL else window
 
 
 def columns(window: Window, rank: int) -> list[int]:

@@ -13,7 +13,7 @@ from rlheals.models.topology import read_topology
 from rlheals.restoration.controls import controls_of
 from rlheals.restoration.edit import BASES, FULL, Edit, Scope, Window, head, tail
 from rlheals.restoration.operators import Edited, Pair, apply_edit, distance
-from tests.restoration.pairs import drifted, tensors
+from tests.restoration.pairs import drifted, fitting, tensors
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}
 STEMS = [f"model.layers.{layer}" for layer in range(2)]
@@ -148,7 +148,7 @@ def test_nothing_outside_the_scope_is_touched(
     kind: tuple[str, str], modules: set[str], layers: set[int] | None, embeddings: bool, head_: bool, window: Window
 ) -> None:
     scope = Scope(tuple(sorted(modules)), None if layers is None else tuple(sorted(layers)), embeddings, head_)
-    edit = Edit(*kind, "base", "sft_end", scope, window)  # type: ignore[misc]
+    edit = Edit(*kind, "base", "sft_end", scope, fitting(kind[0], window))  # type: ignore[misc]
     before = {name: tensors(pair)[1].clone() for name, pair in MODEL.items()}
     state = {name: tensors(pair)[1] for name, pair in MODEL.items()}
     for each in (edit, *controls(edit)):

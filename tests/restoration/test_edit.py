@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -14,7 +15,7 @@ from rlheals.models.topology import Topology, read_topology
 from rlheals.restoration.edit import BASES, EVERYWHERE, FULL, Edit, Scope, Window, band, ends, from_recipe, head, tail
 from rlheals.restoration.windows import parse_window
 from rlheals.spectra.angles import resolve_k
-from tests.restoration.pairs import columns
+from tests.restoration.pairs import columns, fitting
 
 shares = st.floats(0.0, 1.0).map(lambda share: round(share, 3))
 windows = st.one_of(
@@ -108,6 +109,13 @@ def test_ends_that_make_no_window_are_refused(given_: tuple[float, ...]) -> None
         Window(*given_)
 
 
+@pytest.mark.parametrize("text", ["head:1e-10", "tail:1e-10", "ends:1e-10-4", "ends:4-0.0000000001", "band:1e-10-0.5"])
+def test_shares_that_would_read_back_as_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"window"):
+        parse_window(text)
+    assert parse_window(head(1e-9).text).spans(10) == head(1e-9).spans(10) == [slice(0, 1)]
+
+
 def test_scopes_name_their_tensors() -> None:
     topology = small()
     assert len(Scope().names(topology)) == 15
@@ -160,7 +168,7 @@ edits = st.sampled_from([(name, basis) for name, known in BASES.items() for basi
             st.booleans(),
             st.booleans(),
         ),
-        windows,
+        windows.map(lambda window: fitting(kind[0], window)),
         seed=st.integers(0, 3),
         control_of=st.sampled_from(["", "a_cell"]),
     )
@@ -189,8 +197,20 @@ def test_the_name_of_a_cell_stays() -> None:
         ({"basis": "sigma"}, "no basis 'sigma'; choose among uv, u, v, all"),
         ({"dose": 0.5}, "directions has no dose"),
         ({"operator": "rotate", "dose": 1.5}, "share within 0 and 1"),
+        ({"operator": "rotate", "dose": math.nan}, "share within 0 and 1"),
+        *(
+            ({"operator": "noise", "basis": "all", "dose": dose}, "a number from 0 up")
+            for dose in (math.nan, math.inf, -1)
+        ),
+        ({"operator": "noise", "basis": "all", "amounts": (("x", math.nan),)}, "a number from 0 up"),
+        *(
+            ({"operator": operator, "basis": "all", "window": window}, "has no window")
+            for operator in ("swap", "interpolate", "reset", "noise", "round_trip")
+            for window in (head(0.2), tail(3), head(0))
+        ),
+        *(({"operator": operator}, "give a window such as") for operator in ("rotate", "random_rotation")),
         ({"basis": "u", "official": True}, "released scripts have no directions"),
-        ({"operator": "rotate", "official": True}, "released scripts have no rotate"),
+        ({"operator": "rotate", "window": head(0.2), "official": True}, "released scripts have no rotate"),
     ],
 )
 def test_edits_that_mean_nothing_are_refused(changes: dict[str, object], message: str) -> None:

@@ -18,6 +18,7 @@ from rlheals.restoration.plan import Cell, plan
 from rlheals.spectra.reader import Weights
 from rlheals.spectra.store import FactorStore
 from tests.common import make_model, make_params, make_tokenizer
+from tests.restoration.pairs import fitting
 from tests.restoration.studies import answers, hands, live_checksums
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ def edits(draw: st.DrawFn) -> Edit:
     reference, target = draw(st.permutations(sorted(SEEDS)))[:2]
     dose = draw(st.floats(0, 1)) if operator in DOSED else 1.0
     basis = draw(st.sampled_from(BASES[operator]))
-    window = draw(st.sampled_from([head, lambda share: ends(share, share)]))(draw(st.floats(0, 1)))
-    return Edit(operator, basis, reference, target, draw(scopes()), window, dose)
+    window = draw(st.sampled_from([head, lambda share: ends(share, share)]))(round(draw(st.floats(0, 1)), 3))
+    return Edit(operator, basis, reference, target, draw(scopes()), fitting(operator, window), dose)
 
 
 @given(edits())
