@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlheals import __version__
-from rlheals.restoration.edit import DOSED, Edit
+from rlheals.errors import UserError
+from rlheals.restoration.edit import DOSED, TURNING, WINDOWLESS, Edit
 from rlheals.restoration.job import length
 from rlheals.restoration.operators import Edited, Pair, apply_edit
 from rlheals.restoration.patch import Origin, identify
@@ -60,7 +61,8 @@ class FolderEdit:
         """Plan the edit.
 
         Raises:
-            UserError: the scope names a module or layer that the model does not have, or selects nothing.
+            UserError: the scope names a module or layer that the model does not have, or selects nothing; the window
+                holds no rank of any matrix, or all of one whose vectors are to be turned.
         """
         self.edit, self._models = edit, models
         self.target: Weights = models.weights[edit.target]
@@ -69,12 +71,13 @@ class FolderEdit:
         self._twins = twins(self.target, chosen)
         self.names = tuple(name for name in self.target.shapes if name in chosen or name in self._twins)
         self.changes: list[Change] = []
+        self._check_window()
 
     def edited(self, name: str) -> Edited | None:
         """The edited tensor; None outside the scope.
 
         Raises:
-            UserError: the operator cannot take this tensor, or a tensor cannot be read.
+            UserError: the operator cannot take this tensor, a tensor cannot be read, or the result is not finite.
         """
         if name not in self.names:
             return None
@@ -84,9 +87,32 @@ class FolderEdit:
             for view in views:  # decomposing takes most of the memory, so it is done while no weight is held
                 view.factors()
         done = apply_edit(self.edit, Pair(*views), name=source)
+        if not math.isfinite(done.change_norm):
+            raise UserError(
+                f"{self.edit.operator} makes numbers of {name} that {self.target.dtypes[name]} cannot hold; edit by a "
+                "smaller dose, or leave this tensor out."
+            )
         norm = length(done.tensor) if done.change_norm else 0.0
         self.changes.append(self._change(name, done.change_norm, norm, done.orthogonality_defect))
         return done
+
+    def _check_window(self) -> None:
+        window, operator = self.edit.window, self.edit.operator
+        if operator in WINDOWLESS or window.is_full:
+            return
+        ranks = {name: min(self.target.shapes[name]) for name in self.names}
+        widths = {name: sum(span.stop - span.start for span in window.spans(rank)) for name, rank in ranks.items()}
+        if not any(widths.values()):
+            raise UserError(
+                f"the window {window.text} holds no rank of any matrix in the scope, whose ranks go up to "
+                f"{max(ranks.values())}; give another window."
+            )
+        whole = [name for name in self.names if widths[name] == ranks[name]]
+        if whole and operator in TURNING:
+            raise UserError(
+                f"{operator} turns a part of the singular vectors, but {window.text} takes all {ranks[whole[0]]} of "
+                f"{whole[0]}, whose span has no angles; give a smaller window, or leave such matrices out by --modules."
+            )
 
     def planned(self) -> list[Change]:
         """What would be done, without reading a weight; the figures are not known yet."""

@@ -127,6 +127,14 @@ def test_bad_input_exits_2_and_writes_nothing(
         (["--out", target], "exists and is no output"),
         (["--out", out, "--patch", out / "p"], "would lie inside"),
         (["--patch", target / "config.json"], "is no patch"),
+        (["--patch", out, "--window", "band:500-600"], "holds no rank of any matrix"),
+        (["--patch", out, "--window", "head:0"], "holds no rank of any matrix"),
+        (["--patch", out, "--operator", "rotate", "--window", "head:64"], "takes all 64 of"),
+        (["--patch", out, "--operator", "swap", "--window", "head:0.2"], "has no window"),
+        (["--patch", out, "--operator", "rotate"], "give a window such as"),
+        (["--patch", out, "--operator", "noise", "--dose", "nan"], "a number from 0 up"),
+        (["--patch", out, "--operator", "noise", "--dose", "-1"], "a number from 0 up"),
+        (["--patch", out, "--operator", "noise", "--dose", "1e300"], "cannot hold"),
     ]
     for options, message in wrong:
         code, _, err = run(capsys, "restore", reference, target, *options, "--cache", cache)
