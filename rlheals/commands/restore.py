@@ -147,7 +147,7 @@ def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes:
             for each in planned.names:
                 _changed(planned, each, writer)
         if writer is not None:
-            writer.finish([origin])
+            writer.finish([origin], writer.ends(planned.target))
     return digest
 
 

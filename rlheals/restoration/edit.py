@@ -247,7 +247,7 @@ def from_recipe(recipe: Mapping[str, Any]) -> Edit:
         )
         amounts = tuple((str(name), float(amount)) for name, amount in recipe["amounts"])
         return Edit(**dict(recipe) | {"scope": known, "window": parse_window(recipe["window"]), "amounts": amounts})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the recipe of an edit is incomplete or has an unknown entry ({error}); write it anew."
         ) from error

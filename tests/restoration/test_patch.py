@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from rlheals.errors import UserError
 from rlheals.restoration.patch import (
-    FORMAT,
+    Ends,
     Origin,
     Patch,
     PatchWriter,
@@ -20,6 +20,7 @@ from rlheals.restoration.patch import (
     model_digest,
     tensor_digest,
 )
+from rlheals.restoration.patch_content import FORMAT
 from rlheals.spectra.reader import Weights
 from tests.restoration.folders import drifted, low_rank, same_bits, state, write
 
@@ -213,8 +214,8 @@ def test_a_writer_that_stops_leaves_nothing(tmp_path: Path) -> None:
     with PatchWriter(path) as writer:
         writer.add("same", torch.ones(3), torch.ones(3))
         writer.add("sign", torch.zeros(3), -torch.zeros(3))
-        writer.finish([Origin({}, {}, {})])
+        writer.finish([Origin({}, {}, {})], Ends())
     with Patch(path) as patch:
         assert list(patch.entries) == ["sign"]
     with PatchWriter(path) as writer:  # a patch may be replaced
-        writer.finish([])
+        writer.finish([], Ends())
