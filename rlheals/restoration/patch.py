@@ -131,12 +131,28 @@ class Patch:
             raise UserError(f"{self.path} does not give the {name} that it promises, so it was altered; make it again.")
         return tensor
 
-    def check_base(self, weights: Weights) -> None:
-        """Check that these are the weights the patch was made for; reads the tensors that it changes.
+    def check_base(self, weights: Weights, *, same_tensors_only: bool = False) -> None:
+        """Check that this is the model the patch was made for; reads all its tensors.
+
+        Args:
+            weights: the model.
+            same_tensors_only: any model will do whose tensors are equal where the patch changes them.
 
         Raises:
-            UserError: naming the first tensor that is absent or differs.
+            UserError: the patch changes nothing, or naming the first tensor that is absent or differs, or another
+                tensor than those differs.
         """
+        if not self.entries:
+            raise UserError(f"{self.path} changes nothing, so there is nothing to apply.")
+        self._check_changed(weights)
+        if not same_tensors_only and model_digest(weights) != self.models.before:
+            known = "is for another model than" if self.models.before else "does not tell which whole model it is for:"
+            raise UserError(
+                f"{self.path} {known} {weights.path}, only the tensors that it changes agree; apply it to {self._for}, "
+                "or pass --same-tensors-only."
+            )
+
+    def _check_changed(self, weights: Weights) -> None:
         for name, entry in self.entries.items():
             if name not in weights.shapes:
                 raise UserError(

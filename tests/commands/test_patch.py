@@ -68,6 +68,23 @@ def test_the_wrong_base_exits_2(models: tuple[Path, Path], capsys: pytest.Captur
     assert (code, "no safetensors file" in err) == (2, True)
 
 
+def test_another_model_needs_a_word(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    three = write(tmp_path / "c", change=low_rank)
+    other = write(tmp_path / "d", change=lambda name, tensor: tensor * 1.5 if "down_proj" in name else tensor)
+    run(capsys, "patch", "make", models[0], three, "--out", tmp_path / "p")
+    for command in ("apply", "lora"):
+        arguments = ["patch", command, tmp_path / "p", other, "--out", tmp_path / command]
+        code, _, err = run(capsys, *arguments)
+        assert (code, "or pass --same-tensors-only" in err, (tmp_path / command).exists()) == (2, True, False)
+        assert run(capsys, *arguments, "--same-tensors-only")[0] == 0
+    wanted, written = (
+        state(folder)["model.layers.0.self_attn.q_proj.weight"] for folder in (three, tmp_path / "apply")
+    )
+    assert torch.equal(written, wanted)
+
+
 def test_lora_where_the_rank_allows(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -107,6 +124,17 @@ def test_a_tied_head_that_only_one_model_stores_follows_the_embedding(
     assert run(capsys, "patch", "make", two, one, "--out", tmp_path / "p")[0] == 0
     assert run(capsys, "patch", "apply", tmp_path / "p", two, "--out", tmp_path / "here")[0] == 0
     assert torch.equal(logits(tmp_path / "here"), logits(one))
+
+
+def test_a_stored_tied_head_follows_a_patch_of_a_model_without_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = (make_folder(tmp_path / f"q{seed}", "qwen2", seed) for seed in (0, 1))
+    assert run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")[0] == 0
+    stored_twice(one)
+    arguments = ["patch", "apply", tmp_path / "p", one, "--out", tmp_path / "there", "--same-tensors-only"]
+    assert run(capsys, *arguments)[0] == 0
+    assert torch.equal(logits(tmp_path / "there"), logits(two))
 
 
 def test_a_stored_head_that_is_not_tied_after_all_is_refused(
