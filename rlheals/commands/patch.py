@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.commands._shared import EPILOG, Json, print_json
+from rlheals.commands._shared import EPILOG, Json, bytes_of, print_json
 
 if TYPE_CHECKING:
     from rlheals.restoration.patch import Entry, Origin, Patch
@@ -63,6 +63,7 @@ def apply(
     from rlheals.restoration.write_model import check_out, write_model
     from rlheals.spectra.reader import Weights
 
+    shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
     check_out(out, model, patch)
     with Patch(patch) as opened, Weights(model) as weights:
         opened.check_base(weights, same_tensors_only=same_tensors_only)
@@ -75,7 +76,7 @@ def apply(
             lambda name: opened.apply(sources[name], weights.tensor(sources[name])) if name in sources else None,
             lambda found: patch_card(opened.origins, source, names, title, found),
             out,
-            round(shard_gb * 10**9),
+            shard_bytes,
         )
     if as_json:
         print_json({"out": str(out), "changed": names, "weights_sha256": digest})

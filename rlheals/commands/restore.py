@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.commands._shared import EPILOG, Json, default_cache, device_named, factor_store, print_json
+from rlheals.commands._shared import EPILOG, Json, bytes_of, default_cache, device_named, factor_store, print_json
 from rlheals.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def restore(
     from rlheals.restoration.folder_edit import FolderEdit
     from rlheals.restoration.grid import ModelSet
 
+    shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
     scope = _scope(layers, modules, embeddings, head)
     edit = _edit(reference, target, operator, basis, window, scope, dose, seed, official)
     _check_outputs(out, patch, dry_run, (reference, target))
@@ -74,7 +75,7 @@ def restore(
         if dry_run:
             _tell_plan(planned, as_json)
             return
-        digest = _run(planned, out, patch, round(shard_gb * 10**9))
+        digest = _run(planned, out, patch, shard_bytes)
     _tell(planned, out, patch, digest, as_json)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, disk_errors
 from rlheals.restoration.exact import Counts, Step, make_step, pack, unpack
 from rlheals.restoration.patch_content import Content, Ends, Entry, Origin, check_step, decode, encode
 from rlheals.restoration.tensor_file import DTYPES, NAMES, TensorFile, TensorFileWriter, raw
@@ -335,8 +335,9 @@ def check_patch_target(path: Path) -> None:
     Raises:
         UserError: something else is there.
     """
-    if not path.exists() and not path.is_symlink():
-        return
+    with disk_errors(path):
+        if not path.exists() and not path.is_symlink():
+            return
     try:
         Patch(path).close()
     except UserError as error:
