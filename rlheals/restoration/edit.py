@@ -134,8 +134,9 @@ class Edit:
         control_of: ``cell_id`` of the cell that this one controls.
         seed: of random controls.
         official: as the paper's released scripts do: bases are put side by side without making them orthonormal, the
-            whole matrix is swapped when the window is the whole rank, and on Llama models an edit of some layers also
-            edits the embedding and the head. Its controls are official too and touch the same tensors.
+            whole matrix is swapped when the window is the whole rank, and embedding and head are edited too, with a
+            whole model of any family and, on Llama models, with some layers. Its controls are official too and touch
+            the same tensors.
         amounts: (tensor, amount) pairs where the amount differs from tensor to tensor: t of ``interpolate``, the
             absolute Frobenius norm of ``noise`` and ``random_rotation``. Follows from the controlled cell, so it is no
             part of the name.
@@ -224,7 +225,8 @@ class Edit:
             UserError: see `Scope.names`.
         """
         scope = self.scope
-        if self.official and scope.layers is not None and topology.family.startswith(_LLAMA):
+        everything = scope.layers is None and not scope.modules
+        if self.official and (everything or (scope.layers is not None and topology.family.startswith(_LLAMA))):
             scope = Scope(scope.modules, scope.layers, embeddings=True, head=True)
         return scope.names(topology, vectors=self.operator == "reset")
 

@@ -150,8 +150,19 @@ def test_released_layer_scripts_take_embedding_and_head_on_llama(family: str, ex
     official = Edit("directions", "uv", "base", "sft_end", Scope(layers=(1,)), official=True)
     assert ("lm_head.weight" in official.names(topology)) is extra
     assert ("model.embed_tokens.weight" in official.names(topology)) is extra
-    everywhere = Edit("directions", "uv", "base", "sft_end", Scope(), official=True)
-    assert "lm_head.weight" not in everywhere.names(topology)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_released_whole_model_scripts_edit_every_matrix(family: str) -> None:
+    """They go over all parameters of two dimensions; only the layer scripts are told what to take."""
+    topology = small(family=family)
+    names = {matrix.name for matrix in topology.matrices}
+    everywhere = Edit("directions", "uv", "base", "sft_end", Scope(), head(0.2), official=True)
+    assert set(everywhere.names(topology)) == names >= {"lm_head.weight", "model.embed_tokens.weight"}
+    ours = Edit("directions", "uv", "base", "sft_end", Scope(), head(0.2))
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(ours.names(topology))
+    some = Edit("directions", "uv", "base", "sft_end", Scope(("q_proj",)), head(0.2), official=True)
+    assert {name.split(".")[-2] for name in some.names(topology)} == {"q_proj"}
 
 
 edits = st.sampled_from([(name, basis) for name, known in BASES.items() for basis in known]).flatmap(
