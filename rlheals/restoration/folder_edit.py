@@ -143,7 +143,7 @@ def model_names(reference: Path, target: Path) -> tuple[str, str]:
 
 
 def command(edit: Edit) -> str:
-    """The command line that makes the edit again."""
+    """The command line that makes the edit again; folders are BASE, TARGET and DIR, as models are known by digest."""
     scope = edit.scope
     options = {"operator": edit.operator, "basis": edit.basis, "window": edit.window.text}
     if scope.layers is not None:
@@ -155,7 +155,7 @@ def command(edit: Edit) -> str:
     if edit.seed:
         options["seed"] = str(edit.seed)
     flags = {"embeddings": scope.embeddings, "head": scope.head, "official": edit.official}
-    words = ["rlheals", "restore", edit.reference, edit.target]
+    words = ["rlheals", "restore", "BASE", "TARGET"]
     words += [word for name, value in options.items() for word in (f"--{name}", value)]
     return shlex.join([*words, *(f"--{name}" for name, given in flags.items() if given), "--out", "DIR"])
 
@@ -174,8 +174,10 @@ def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
             f"`{edit.window.text}`; {len(changed)} of {len(done.target.shapes)} tensors changed"
             + (f", at most by {100 * changed[0].relative:.3g} % (relative Frobenius norm)." if changed else "."),
             "",
-            *_sources({"reference": origin.reference, "target": origin.target}, digest),
+            *_sources({"BASE, the reference": origin.reference, "TARGET": origin.target}, digest),
             "## Recipe",
+            "",
+            "With folders that hold the weights above for BASE and TARGET:",
             "",
             "```",
             command(edit),

@@ -8,6 +8,7 @@ import pytest
 
 from rlheals import cli
 from rlheals.models.checkpoint import load_model, load_tokenizer
+from rlheals.restoration.patch import model_digest
 from rlheals.spectra.reader import Weights
 from tests.common import make_folder
 from tests.restoration.folders import same_bits, same_state, state, write
@@ -58,7 +59,9 @@ def test_the_written_model_is_the_recipe_and_nothing_else(
     line = next(line for line in card.splitlines() if line.startswith("rlheals restore"))
     assert "ranks `head:0.2`" in card
     words = shlex.split(line)[1:]
-    words[words.index("before")], words[words.index("after")] = str(reference), str(target)
+    words[words.index("BASE")], words[words.index("TARGET")] = str(reference), str(target)
+    with Weights(reference) as weights:
+        assert f"| BASE, the reference | before | `{model_digest(weights)}` |" in card
     words[words.index("DIR")] = str(tmp_path / "third")
     assert run(capsys, *words, "--cache", cache)[0] == 0
     assert same_state(out, tmp_path / "third")
