@@ -28,13 +28,23 @@ def restore(
     reference: Annotated[Path, typer.Argument(help="Hugging Face folder of the model to go back to.")],
     target: Annotated[Path, typer.Argument(help="Folder of the model to edit; it is not changed.")],
     operator: Annotated[
-        str, typer.Option(help="directions, values, swap, rotate, interpolate, reset, …")
+        str,
+        typer.Option(
+            help="directions, values, swap, reset, round_trip; with a dose: rotate, interpolate, remove_inside, "
+            "remove_outside, random_rotation, noise."
+        ),
     ] = "directions",
     basis: Annotated[
         str | None,
         typer.Option(help="What to take: uv, u, v, sigma or all.", show_default="the operator's own"),
     ] = None,
-    window: Annotated[str, typer.Option(help="Ranks: full, head:0.2, tail:64, ends:64-64, band:0.25-0.5.")] = "full",
+    window: Annotated[
+        str,
+        typer.Option(
+            help="Ranks: full, head:0.2, tail:64, ends:64-64, band:0.25-0.5. A number with a point is a share, without "
+            "one a count: head:1.0 takes every rank, head:1 the first."
+        ),
+    ] = "full",
     layers: Annotated[str | None, typer.Option(help="Blocks, e.g. 0-9,12; all if absent.")] = None,
     modules: Annotated[str | None, typer.Option(help="Matrices, e.g. q_proj,v_proj; all of a block if absent.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Edit the embedding too.")] = False,
@@ -80,11 +90,11 @@ def restore(
 
 
 def _scope(layers: str | None, modules: str | None, embeddings: bool, head: bool) -> Any:
-    from rlheals.models.topology import parse_layers
+    from rlheals.models.topology import parse_layers, parse_modules
     from rlheals.restoration.edit import Scope
 
-    named = tuple(part.strip() for part in modules.split(",")) if modules else ()
-    return Scope(named, tuple(parse_layers(layers)) if layers else None, embeddings=embeddings, head=head)
+    named = () if modules is None else parse_modules(modules)
+    return Scope(named, None if layers is None else tuple(parse_layers(layers)), embeddings=embeddings, head=head)
 
 
 def _edit(
@@ -122,7 +132,7 @@ def _check_outputs(out: Path | None, patch: Path | None, dry_run: bool, models: 
     if patch is not None:
         if out is not None and patch.resolve().is_relative_to(out.resolve()):
             raise UserError(f"the patch {patch} would lie inside the model folder {out}; name a file outside.")
-        check_patch_target(patch)
+        check_patch_target(patch, *models)
 
 
 def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes: int) -> str:
@@ -154,7 +164,7 @@ def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes:
 
 def _changed(planned: FolderEdit, name: str, writer: PatchWriter | None) -> Tensor | None:
     edited = planned.edited(name)
-    if edited is None or not edited.change_norm:
+    if edited is None:
         return None
     if writer is not None:
         writer.add(name, planned.target.tensor(name), edited.tensor)

@@ -191,6 +191,18 @@ def parse_layers(text: str) -> list[int]:
     return sorted(layers)
 
 
+def parse_modules(text: str) -> tuple[str, ...]:
+    """Names of modules in a text such as ``q_proj,v_proj``.
+
+    Raises:
+        UserError: one is empty.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise UserError(f"modules {text!r} is not a list of names; write it as q_proj,v_proj, or leave it out for all.")
+    return names
+
+
 def _sort_tensors(shapes: Mapping[str, tuple[int, ...]], layers: int) -> tuple[list[Matrix], dict[str, str]]:
     """Matrices in the order of the network, and the reason for each tensor that is none."""
     stem = _decoder_stem(shapes)

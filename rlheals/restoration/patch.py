@@ -240,6 +240,7 @@ def make_patch(before: Path, after: Path, out: Path) -> None:
         UserError: the models differ in names, shapes or types, do not differ at all, or cannot be read; see also
             `PatchWriter`.
     """
+    check_patch_target(out, before, after)
     with Weights(before) as old, Weights(after) as new:
         check_same(old, new)
         becomes = counterparts(old, new)
@@ -329,12 +330,15 @@ def _part_names() -> list[str]:
     return [*_FACTORS, *(f"{way}.{part}" for way in _WAYS for part in _PARTS)]
 
 
-def check_patch_target(path: Path) -> None:
-    """Make sure that writing a patch to ``path`` replaces nothing but a patch.
+def check_patch_target(path: Path, *models: Path) -> None:
+    """Make sure that writing a patch to ``path`` replaces nothing but a patch and adds nothing to a model's folder.
 
     Raises:
-        UserError: something else is there.
+        UserError: something else is there, or it lies in the folder of a model.
     """
+    for model in models:
+        if path.resolve().is_relative_to(model.resolve()):
+            raise UserError(f"the patch {path} would lie inside the model folder {model}; name a file outside.")
     with disk_errors(path):
         if not path.exists() and not path.is_symlink():
             return

@@ -204,8 +204,11 @@ def test_what_cannot_be_patched_is_refused(models: tuple[Path, Path, Path], tmp_
         make_patch(one, other, out)
     with pytest.raises(UserError, match="is not a fine-tuned version"):
         make_patch(one, write(tmp_path / "small", layers=1), out)
-    with pytest.raises(UserError, match="exists and is no patch"):
+    with pytest.raises(UserError, match="would lie inside the model folder"):
         make_patch(one, two, one / "config.json")
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="exists and is no patch"):
+        make_patch(one, two, tmp_path / "notes")
     assert not out.exists()
     assert json.loads((one / "config.json").read_text())["model_type"] == "llama"
 
