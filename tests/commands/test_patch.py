@@ -144,3 +144,15 @@ def test_a_stored_head_that_is_not_tied_after_all_is_refused(
     stored_twice(two, shift=1.0)
     code, _, err = run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")
     assert (code, "stores a head that differs" in err) == (2, True)
+
+
+def test_the_adapter_of_the_docs_can_be_written(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    patch = ["--patch", tmp_path / "p", "--cache", tmp_path / "cache"]
+    assert run(capsys, "restore", one, two, "--window", "head:0.05", *patch)[0] == 0
+    assert run(capsys, "patch", "lora", tmp_path / "p", two, "--out", tmp_path / "adapter")[0] == 0
+    run(capsys, "restore", one, two, "--window", "head:0.2", *patch)
+    code, _, err = run(capsys, "patch", "lora", tmp_path / "p", two, "--out", tmp_path / "no")
+    assert (code, "is not of rank" in err) == (2, True)
