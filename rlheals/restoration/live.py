@@ -8,7 +8,6 @@ the sentinel prompts as before.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlheals.errors import UserError
+from rlheals.restoration.checksum import checksum, checksums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlheals.inference import Engine
     from rlheals.spectra.reader import Weights
-
-_WORDS = 512  # words of 8 bytes in a row of the checksum's table
 
 
 class FileState(Mapping[str, "Tensor"]):
@@ -62,7 +60,7 @@ class LiveModel:
             UserError: the state does not fit the engine's model.
         """
         self.engine, self._target = engine, target
-        self._checksums: dict[str, str] = {}
+        self._checksums: dict[str, bytes] = {}
         self._kept: dict[str, Tensor] = {}
         self._edited = False
         engine.swap(target)
@@ -97,8 +95,8 @@ class LiveModel:
             seen.add(id(parameter))
             self._checksum_of_target(name)
             self._kept[name] = parameter.data
-            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype).contiguous()
-            size += parameter.numel() * parameter.element_size()
+            parameter.data = tensor.to(parameter).contiguous()
+            size += parameter.nbytes
         return size
 
     def revert(self) -> None:
@@ -118,8 +116,8 @@ class LiveModel:
         kept, self._kept = self._kept, {}
         for name, data in kept.items():
             self._parameters[name].data = data
-        for name in kept:
-            if checksum(self._parameters[name].data) != self._checksum_of_target(name):
+        for name, now in zip(kept, checksums([self._parameters[name] for name in kept]), strict=True):
+            if now != self._checksums[name]:
                 raise _not_reverted(f"tensor {name} is not the target's")
 
     @contextmanager
@@ -144,32 +142,13 @@ class LiveModel:
                 "edit a model of the same architecture."
             )
 
-    def _checksum_of_target(self, name: str) -> str:
+    def _checksum_of_target(self, name: str) -> bytes:
         """Checksum of the target's tensor with the live model's type; where its file ties it away, of the live one."""
         if name not in self._checksums:
             live = (self._parameters or {})[name]
             stored = self._target[name].to(live.dtype) if name in self._target else live.data
             self._checksums[name] = checksum(stored)
         return self._checksums[name]
-
-
-def checksum(tensor: Tensor) -> str:
-    """Hex sha256 over the row and column sums of a tensor's bytes, laid out as a table of 64-bit words.
-
-    Any one changed word, and any exchange of two unequal ones, changes it. It reads memory as fast as it comes; sha256
-    of the bytes themselves takes several times as long as copying them.
-    """
-    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()  # words must start where a word may start
-    words, rest = divmod(data.numel(), 8)
-    whole = data[: words * 8].view(torch.int64)
-    rows = words // _WORDS
-    table, last = whole[: rows * _WORDS].view(rows, _WORDS), whole[rows * _WORDS :]
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    for part in (table.sum(dim=0), table.sum(dim=1), last, data[data.numel() - rest :]):
-        digest.update(part.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _not_reverted(reason: str) -> UserError:
