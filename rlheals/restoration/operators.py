@@ -102,7 +102,7 @@ def _copies(job: Job) -> bool:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether tensors of equal values are equal bit for bit: a block at a time, 0 and -0 being what may differ."""
-    pairs = zip(one.reshape(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True)
+    pairs = zip(*(torch.split(tensor.reshape(-1), _BLOCK) for tensor in (one, other)), strict=True)
     return all(torch.equal(torch.signbit(mine), torch.signbit(theirs)) for mine, theirs in pairs)
 
 
