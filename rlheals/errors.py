@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 EXIT_OK = 0
 EXIT_INTERNAL = 1
@@ -24,32 +25,61 @@ class UserError(Exception):
     """
 
 
+_SPACE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the size limit",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is denied",
+}
+_PLACE = {
+    errno.ENOENT: "no file or folder can be made there",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file is in the way",
+    errno.EISDIR: "it is a folder",
+    errno.EPERM: "the file system does not allow it",
+    errno.EINVAL: "the file system does not take such a name",
+    errno.ENAMETOOLONG: "a name is too long",
+    errno.ELOOP: "its links go round in a circle",
+}
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, quota, file-size limit, read-only) into a `UserError` naming ``path``.
+    """Turn a failed write (disk full, quota, file-size limit, read-only, no such place) into a `UserError`.
+
+    Errors about the place, which reading raises as well, count only where they are about ``path``, a folder above it
+    or the hidden files beside it that become it.
 
     Raises:
         UserError: when the body raises one of those ``OSError``s; other errors pass through unchanged.
     """
-    causes = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "the file would exceed the size limit",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission is denied",
-    }
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         number = system_error_number(error)
-        if number not in causes:
-            raise
-        raise UserError(
-            f"{path} could not be written because {causes[number]}; nothing was published: "
-            "free some space or change permissions and run the same command again."
-        ) from error
+        if number in _SPACE:
+            raise UserError(
+                f"{path} could not be written because {_SPACE[number]}; nothing was published: "
+                "free some space or change permissions and run the same command again."
+            ) from error
+        if number in _PLACE and isinstance(error, OSError) and _is_about(error, path):
+            raise UserError(f"{path} cannot be written because {_PLACE[number]}; name another place.") from error
+        raise
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether a system error is about writing ``path`` and not about something that was read meanwhile."""
+    whole = path.absolute()
+    for name in (error.filename, error.filename2):
+        if isinstance(name, (str, bytes)):
+            failed = Path(os.fsdecode(name)).absolute()
+            beside = failed.parent == whole.parent and failed.name.startswith(f".{path.name}")
+            if failed == whole or failed in whole.parents or beside:
+                return True
+    return False
 
 
 def first_line(error: BaseException, longest: int = 200) -> str:

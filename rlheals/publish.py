@@ -58,13 +58,18 @@ def check_target(target: Path) -> None:
     Raises:
         UserError: ``target`` is a file, a link, or a folder with files in it that `publish` did not write.
     """
-    if target.name not in ("", ".."):  # the folder one is in cannot be renamed
-        if target.is_dir() and not target.is_symlink():
-            if not any(target.iterdir()) or _is_published(target):
-                return
-        elif not target.exists() and not target.is_symlink():
+    with disk_errors(target):
+        if _is_free(target):
             return
     raise UserError(f"{target} exists and is no output of rlheals, so it is not replaced; name another folder.")
+
+
+def _is_free(target: Path) -> bool:
+    if target.name in ("", ".."):  # the folder one is in cannot be renamed
+        return False
+    if target.is_dir() and not target.is_symlink():
+        return not any(target.iterdir()) or _is_published(target)
+    return not target.exists() and not target.is_symlink()
 
 
 def _is_published(directory: Path) -> bool:

@@ -197,9 +197,28 @@ def test_a_full_disk_told_only_in_the_text_is_understood(error: Exception) -> No
         raise error
 
 
-def test_other_errors_pass_through() -> None:
+@pytest.mark.parametrize("failed", ["data/x", "data", "data/.x.partial"])
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOENT, "can be made"), (errno.ENOTDIR, "is a file"), (errno.ENAMETOOLONG, "too long")]
+)
+def test_places_that_cannot_be_written_are_told(failed: str, number: int, words: str) -> None:
+    with pytest.raises(UserError, match=words), disk_errors(Path("data/x")):
+        raise OSError(number, "raw", failed)
+
+
+@pytest.mark.parametrize("failed", [(), ("base/config.json",), ("data/other",), ("data/x/inside",), (3,)])
+def test_other_errors_pass_through(failed: tuple[object, ...]) -> None:
+    """What is missing may be something that is read, which is another sentence or an error of ours."""
     with pytest.raises(FileNotFoundError), disk_errors(Path("data/x")):
-        raise FileNotFoundError(errno.ENOENT, "raw")
+        raise FileNotFoundError(errno.ENOENT, "raw", *failed)
+
+
+def test_publishing_below_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a part of the path is a file"), publish(tmp_path / "file" / "out"):
+        pass
+    with pytest.raises(UserError, match="name is too long"), publish(tmp_path / ("x" * 300)):
+        pass
 
 
 WRITER = """

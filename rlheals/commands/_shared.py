@@ -47,8 +47,19 @@ def device_named(name: str) -> str:
     return resolve_device(name)
 
 
+def bytes_of(option: str, amount: float, unit: int) -> int:
+    """A size that was given as so many units.
+
+    Raises:
+        UserError: it is no number, or more than any disk holds.
+    """
+    if not 0 < amount * unit < 2**63:
+        raise UserError(f"{option} is a size such as 5, not {amount:g}.")
+    return round(amount * unit)
+
+
 def factor_store(directory: Path, cap_gib: float, device: str) -> FactorStore:
     """The decompositions kept in the cache folder ``directory``; every command that decomposes shares them."""
     from rlheals.spectra.store import FactorStore
 
-    return FactorStore(directory / "factors", round(cap_gib * GIB), device)
+    return FactorStore(directory / "factors", bytes_of("--cache-gib", cap_gib, GIB), device)

@@ -76,13 +76,13 @@ def diagnose(
     rotation of the change, and a verdict against Gaussian noise of the same norm (5 %, Holm's correction over the
     matrices). Reads one tensor at a time. Finished work is kept in the cache, so the same question is answered at once.
     """
-    from rlheals.models.topology import parse_layers
+    from rlheals.models.topology import parse_layers, parse_modules
     from rlheals.publish import check_target
     from rlheals.spectra.settings import DiagnoseSettings, parse_ks
 
     settings = DiagnoseSettings(
-        modules=tuple(part.strip() for part in modules.split(",")) if modules else None,
-        layers=tuple(parse_layers(layers)) if layers else None,
+        modules=None if modules is None else parse_modules(modules),
+        layers=None if layers is None else tuple(parse_layers(layers)),
         embeddings=embeddings,
         ks=parse_ks(k),
         nulls=nulls,

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.commands._shared import EPILOG, Json, print_json
+from rlheals.commands._shared import EPILOG, Json, bytes_of, print_json
 
 if TYPE_CHECKING:
     from rlheals.restoration.patch import Entry, Origin, Patch
 
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")]
 OutFile = Annotated[Path, typer.Option("--out", help="File for the new patch.")]
+SameTensors = Annotated[
+    bool,
+    typer.Option(
+        "--same-tensors-only", help="Accept another model as long as the tensors that the patch changes are the same."
+    ),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="New folder.")]
 
 
@@ -46,25 +52,31 @@ def apply(
     patch: PatchFile,
     model: Annotated[Path, typer.Argument(help="Folder of the model it was made for; it is not changed.")],
     out: OutFolder,
+    same_tensors_only: SameTensors = False,
     shard_gb: Annotated[float, typer.Option(min=0.0001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
     as_json: Json = False,
 ) -> None:
-    """Write MODEL with the patch applied: bit for bit the edited weights; another model is refused."""
+    """Write MODEL with the patch applied: bit for bit the edited weights; a model that differs anywhere is refused."""
     from rlheals.restoration.folder_edit import patch_card
     from rlheals.restoration.patch import Patch, identify
+    from rlheals.restoration.tied import twins
     from rlheals.restoration.write_model import check_out, write_model
     from rlheals.spectra.reader import Weights
 
+    shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
     check_out(out, model, patch)
     with Patch(patch) as opened, Weights(model) as weights:
-        opened.check_base(weights)
-        source, names, title = identify(weights), list(opened.entries), out.resolve().name
+        opened.check_base(weights, same_tensors_only=same_tensors_only)
+        # A tied head that this model stores and the patch's own did not has to follow the embedding.
+        sources = twins(weights, opened.entries) | {name: name for name in opened.entries}
+        source, title = identify(weights), out.resolve().name
+        names = [name for name in weights.shapes if name in sources]
         digest = write_model(
             weights,
-            lambda name: opened.apply(name, weights.tensor(name)) if name in opened.entries else None,
+            lambda name: opened.apply(sources[name], weights.tensor(sources[name])) if name in sources else None,
             lambda found: patch_card(opened.origins, source, names, title, found),
             out,
-            round(shard_gb * 10**9),
+            shard_bytes,
         )
     if as_json:
         print_json({"out": str(out), "changed": names, "weights_sha256": digest})
@@ -105,6 +117,7 @@ def lora(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Largest rank.", show_default="a quarter of each matrix's")
     ] = None,
+    same_tensors_only: SameTensors = False,
     tolerance: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Largest relative error of a tensor's change, beyond rounding.")
     ] = 0.0,
@@ -118,7 +131,7 @@ def lora(
 
     from rlheals.restoration.adapter import export_lora
 
-    done = export_lora(patch, model, out, most=rank, tolerance=tolerance)
+    done = export_lora(patch, model, out, most=rank, tolerance=tolerance, same_tensors_only=same_tensors_only)
     if as_json:
         print_json({"out": str(out), "adapted": [asdict(each) for each in done]})
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.commands._shared import EPILOG, Json, default_cache, device_named, factor_store, print_json
+from rlheals.commands._shared import EPILOG, Json, bytes_of, default_cache, device_named, factor_store, print_json
 from rlheals.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,13 +28,23 @@ def restore(
     reference: Annotated[Path, typer.Argument(help="Hugging Face folder of the model to go back to.")],
     target: Annotated[Path, typer.Argument(help="Folder of the model to edit; it is not changed.")],
     operator: Annotated[
-        str, typer.Option(help="directions, values, swap, rotate, interpolate, reset, …")
+        str,
+        typer.Option(
+            help="directions, values, swap, reset, round_trip; with a dose: rotate, interpolate, remove_inside, "
+            "remove_outside, random_rotation, noise."
+        ),
     ] = "directions",
     basis: Annotated[
         str | None,
         typer.Option(help="What to take: uv, u, v, sigma or all.", show_default="the operator's own"),
     ] = None,
-    window: Annotated[str, typer.Option(help="Ranks: full, head:0.2, tail:64, band:0.25-0.5.")] = "full",
+    window: Annotated[
+        str,
+        typer.Option(
+            help="Ranks: full, head:0.2, tail:64, ends:64-64, band:0.25-0.5. A number with a point is a share, without "
+            "one a count: head:1.0 takes every rank, head:1 the first."
+        ),
+    ] = "full",
     layers: Annotated[str | None, typer.Option(help="Blocks, e.g. 0-9,12; all if absent.")] = None,
     modules: Annotated[str | None, typer.Option(help="Matrices, e.g. q_proj,v_proj; all of a block if absent.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Edit the embedding too.")] = False,
@@ -58,11 +68,13 @@ def restore(
     """Edit the weights of TARGET towards those of REFERENCE, without training, as a new folder or a patch file.
 
     The folder loads like any other: weights, config, tokenizer, templates, and a model card with the exact recipe.
-    Reads and writes one tensor at a time. Decompositions are kept in the cache `rlheals diagnose` uses.
+    Reads and writes one tensor at a time, in start-up memory plus at most eight times the largest tensor as float32,
+    whatever type it is stored in. Decompositions are kept in the cache `rlheals diagnose` uses.
     """
     from rlheals.restoration.folder_edit import FolderEdit
     from rlheals.restoration.grid import ModelSet
 
+    shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
     scope = _scope(layers, modules, embeddings, head)
     edit = _edit(reference, target, operator, basis, window, scope, dose, seed, official)
     _check_outputs(out, patch, dry_run, (reference, target))
@@ -73,16 +85,16 @@ def restore(
         if dry_run:
             _tell_plan(planned, as_json)
             return
-        digest = _run(planned, out, patch, round(shard_gb * 10**9))
+        digest = _run(planned, out, patch, shard_bytes)
     _tell(planned, out, patch, digest, as_json)
 
 
 def _scope(layers: str | None, modules: str | None, embeddings: bool, head: bool) -> Any:
-    from rlheals.models.topology import parse_layers
+    from rlheals.models.topology import parse_layers, parse_modules
     from rlheals.restoration.edit import Scope
 
-    named = tuple(part.strip() for part in modules.split(",")) if modules else ()
-    return Scope(named, tuple(parse_layers(layers)) if layers else None, embeddings=embeddings, head=head)
+    named = () if modules is None else parse_modules(modules)
+    return Scope(named, None if layers is None else tuple(parse_layers(layers)), embeddings=embeddings, head=head)
 
 
 def _edit(
@@ -120,7 +132,7 @@ def _check_outputs(out: Path | None, patch: Path | None, dry_run: bool, models: 
     if patch is not None:
         if out is not None and patch.resolve().is_relative_to(out.resolve()):
             raise UserError(f"the patch {patch} would lie inside the model folder {out}; name a file outside.")
-        check_patch_target(patch)
+        check_patch_target(patch, *models)
 
 
 def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes: int) -> str:
@@ -146,13 +158,13 @@ def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes:
             for each in planned.names:
                 _changed(planned, each, writer)
         if writer is not None:
-            writer.finish([origin])
+            writer.finish([origin], writer.ends(planned.target))
     return digest
 
 
 def _changed(planned: FolderEdit, name: str, writer: PatchWriter | None) -> Tensor | None:
     edited = planned.edited(name)
-    if edited is None or not edited.change_norm:
+    if edited is None:
         return None
     if writer is not None:
         writer.add(name, planned.target.tensor(name), edited.tensor)

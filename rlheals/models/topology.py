@@ -30,6 +30,7 @@ _DEFAULT_ROPE_THETA = 10000.0
 _MATRIX = re.compile(r"^(?P<stem>.*\blayers)\.(?P<layer>\d+)\.(?P<block>\w+)\.(?P<module>\w+)\.weight$")
 _LAYER = re.compile(r"^(?P<stem>.*\blayers)\.(?P<layer>\d+)\.")
 _TOWER = re.compile(r"(?:^|[._])(vision|visual|image|audio)(?:[._]|$)")
+_LAYER_DIGITS = 5
 _RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 
 
@@ -180,11 +181,26 @@ def parse_layers(text: str) -> list[int]:
     layers: set[int] = set()
     for part in text.split(","):
         found = _RANGE.match(part.strip())
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        numbers = [number for number in found.groups() if number] if found else []
+        if any(len(number) > _LAYER_DIGITS for number in numbers):
+            raise UserError(f"layers {text[:40]!r} go beyond any model's; write them as 0-9,12.")
+        first, last = (int(numbers[0]), int(numbers[-1])) if numbers else (1, 0)
         if last < first:
             raise UserError(f"layers {text!r} is not a list of layers at {part.strip()!r}; write it as 0-9,12.")
         layers.update(range(first, last + 1))
     return sorted(layers)
+
+
+def parse_modules(text: str) -> tuple[str, ...]:
+    """Names of modules in a text such as ``q_proj,v_proj``.
+
+    Raises:
+        UserError: one is empty.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise UserError(f"modules {text!r} is not a list of names; write it as q_proj,v_proj, or leave it out for all.")
+    return names
 
 
 def _sort_tensors(shapes: Mapping[str, tuple[int, ...]], layers: int) -> tuple[list[Matrix], dict[str, str]]:

@@ -77,10 +77,10 @@ def _control_claim(repair: str) -> Claim:
     first, second = ("edited", "control") if edit.heals else ("control", "edited")
     return Claim(
         key=f"{repair}_beats_controls",
-        statement=f"It is the directions: {edit.words} {verb} OOD accuracy more than any control of equal size.",
-        estimand=f"OOD accuracy {first} minus {second}, the smallest over the controls: a random rotation of the same "
-        "angles (of the same norm where all directions are put back), Gaussian noise of the same norm in every "
-        "matrix, and a plain step of the same norm in every matrix back in weight space",
+        statement=f"It is the directions: {edit.words} {verb} OOD accuracy more than any of its controls.",
+        estimand=f"OOD accuracy {first} minus {second}, the smallest over the controls: Gaussian noise of the same "
+        "norm in every matrix, a plain step of the same norm in every matrix back in weight space, and a random "
+        "rotation, of the same norm where all directions are put back, else of the same angles and larger",
         test=f"{_EXACT}; the largest p over all controls and their draws (intersection-union)",
         holds_when="the difference to every control is positive and the corrected p-value is below 0.05",
         fails_when="the 95 % interval of the difference to a control ends at or below zero",

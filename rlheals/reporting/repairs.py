@@ -133,9 +133,11 @@ def layers_of(text: str) -> tuple[int, ...]:
 def window_name(rank_from: float, rank_to: float) -> str:
     """A window of ranks in words; empty for the whole spectrum.
 
-    >>> window_name(0.0, 0.2), window_name(0.8, 1.0), window_name(0.0, 1.0)
-    ('top 20 %', 'last 20 %', '')
+    >>> window_name(0.0, 0.2), window_name(0.8, 1.0), window_name(0.0, 1.0), window_name(0.8, 0.1)
+    ('top 20 %', 'last 20 %', '', 'top 10 % and last 20 %')
     """
+    if rank_from > rank_to:
+        return f"{window_name(0.0, rank_to)} and {window_name(rank_from, 1.0)}"
     if rank_from <= 0 and rank_to >= 1:
         return ""
     if rank_from <= 0:

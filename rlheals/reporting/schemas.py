@@ -298,7 +298,7 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "target": pl.String,
         "layers": pl.String,  # e.g. "0-9"; "all"
         "modules": pl.String,
-        "rank_from": pl.Float64,  # share of each matrix's rank
+        "rank_from": pl.Float64,  # share of each matrix's rank; above rank_to: from here to the end, and up to rank_to
         "rank_to": pl.Float64,
         "dose": pl.Float64,
         "control_of": pl.String,  # cell_id; "" for an edit of its own

@@ -48,7 +48,13 @@ class Adapted:
 
 
 def export_lora(
-    patch_file: Path, model: Path, out: Path, *, most: int | None = None, tolerance: float = 0.0
+    patch_file: Path,
+    model: Path,
+    out: Path,
+    *,
+    most: int | None = None,
+    tolerance: float = 0.0,
+    same_tensors_only: bool = False,
 ) -> list[Adapted]:
     """Write the adapter folder ``out``; returns what it holds.
 
@@ -59,6 +65,7 @@ def export_lora(
         most: largest rank that is allowed; None for a quarter of each matrix's rank, beyond which an adapter is hardly
             smaller than the matrix.
         tolerance: largest ``error`` that is allowed; the rounding of the weights' own type is allowed in any case.
+        same_tensors_only: see `Patch.check_base`.
 
     Raises:
         UserError: a change is not of so low a rank, or not of a matrix of a layer or an untied head; the patch does not
@@ -66,9 +73,7 @@ def export_lora(
     """
     check_out(out, model)
     with Patch(patch_file) as patch, Weights(model) as weights:
-        patch.check_base(weights)
-        if not patch.entries:
-            raise UserError(f"{patch_file} changes nothing, so there is nothing to export.")
+        patch.check_base(weights, same_tensors_only=same_tensors_only)
         for name in patch.entries:
             _check_exportable(name, weights)
         with publish(out) as folder:

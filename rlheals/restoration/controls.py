@@ -1,8 +1,8 @@
 """What each edit is held against, so that "these directions matter" can be told from "any move back helps".
 
-- ``random_rotation``: the window turned by the very angles, or, where the edit takes a whole spectrum or is no matter
-  of angles, everything turned by as much as changes the tensor by the same norm; always in a random direction, and the
-  singular values stay.
+- ``random_rotation``: the window turned by the very angles, or, where the edit takes a matrix's whole rank or is no
+  matter of angles, everything turned by as much as changes the tensor by the same norm; always in a random direction,
+  and the singular values stay. The same angles in a random direction change the weights more than the edit does.
 - ``noise``: a Gaussian change of the same norm in every tensor.
 - ``interpolate``: a plain step back towards the reference's weights, of the same norm in every tensor.
 - ``round_trip``: the target through its own factors and back, which shows what the arithmetic alone does.
@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rlheals.restoration.edit import CONTROLS, Edit
+from rlheals.restoration.edit import BY_ANGLES, CONTROLS, Edit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_BY_ANGLES = ("directions", "rotate")
 _OF_WEIGHTS = ("swap", "reset", "interpolate")
 
 
@@ -45,7 +44,7 @@ def controls_of(
     by_norm = replace(common, operator="noise", amounts=tuple(sorted(norms.items())))
     controls = [replace(by_norm, seed=edit.seed + draw) for draw in range(draws)]
     if edit.operator != "values":
-        turn = _rotation(edit, common, by_norm)
+        turn = _rotation(edit, by_norm)
         controls += [replace(turn, seed=edit.seed + draw) for draw in range(draws)]
     if edit.operator not in _OF_WEIGHTS:
         shares = tuple((name, _share(norm, distances[name])) for name, norm in sorted(norms.items()))
@@ -53,12 +52,11 @@ def controls_of(
     return [*controls, common]
 
 
-def _rotation(edit: Edit, common: Edit, by_norm: Edit) -> Edit:
-    """A random rotation of the edit's angles where it has some, else one of its norm."""
+def _rotation(edit: Edit, by_norm: Edit) -> Edit:
+    """A random rotation of the edit's angles where a matrix has some, else one of its norm; each matrix for itself."""
     basis = edit.basis if edit.basis in ("u", "v") else "uv"
-    if edit.operator in _BY_ANGLES and not edit.window.is_full:
-        return replace(common, operator="random_rotation", basis=basis, dose=edit.dose)
-    return replace(by_norm, operator="random_rotation", basis=basis)
+    dose = edit.dose if edit.operator in BY_ANGLES and not edit.window.is_full else 1.0
+    return replace(by_norm, operator="random_rotation", basis=basis, dose=dose)
 
 
 def _share(norm: float, distance: float) -> float:

@@ -9,20 +9,23 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.models.topology import select
-from rlheals.restoration.windows import FULL, Window, band, head, parse_window, tail
+from rlheals.restoration.windows import FULL, Window, band, ends, head, parse_window, tail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rlheals.models.topology import Topology
 
-__all__ = ["BASES", "CONTROLS", "DOSED", "EVERYWHERE", "FULL", "Edit", "Scope", "Window", "band", "head", "tail"]
+__all__ = [
+    "BASES", "CONTROLS", "DOSED", "EVERYWHERE", "FULL", "Edit", "Scope", "Window", "band", "ends", "head", "tail",
+]  # fmt: skip
 
 BASES: dict[str, tuple[str, ...]] = {
     "directions": ("uv", "u", "v", "all"),
@@ -45,6 +48,13 @@ CONTROLS = ("random_rotation", "noise", "round_trip")
 """Operators that take nothing from the reference but a size: an angle, a norm, or none."""
 DOSED = ("rotate", "interpolate", "remove_outside", "remove_inside", "random_rotation", "noise")
 """Operators that have a dose; elsewhere it is 1."""
+BY_ANGLES = ("directions", "rotate")
+"""Operators that turn the vectors of a window by angles, as long as the window is not the whole rank of a matrix."""
+WINDOWLESS = ("swap", "interpolate", "reset", "noise", "round_trip")
+"""Operators that take a tensor whole, and so have no window; elsewhere the window says which ranks are edited."""
+TURNING = ("rotate", "random_rotation")
+"""Operators that turn a span by angles, which the span of all vectors does not have."""
+_SHARES = ("rotate", "interpolate", "remove_outside", "remove_inside")
 OFFICIAL = ("directions", "values", "swap")
 """Operators that the paper's released scripts have."""
 _LLAMA = ("llama", "mllama")
@@ -124,14 +134,16 @@ class Edit:
         control_of: ``cell_id`` of the cell that this one controls.
         seed: of random controls.
         official: as the paper's released scripts do: bases are put side by side without making them orthonormal, the
-            whole matrix is swapped when the window is the whole rank, and on Llama models an edit of some layers also
-            edits the embedding and the head. Its controls are official too and touch the same tensors.
+            whole matrix is swapped when the window is the whole rank, and embedding and head are edited too, with a
+            whole model of any family and, on Llama models, with some layers. Its controls are official too and touch
+            the same tensors.
         amounts: (tensor, amount) pairs where the amount differs from tensor to tensor: t of ``interpolate``, the
             absolute Frobenius norm of ``noise`` and ``random_rotation``. Follows from the controlled cell, so it is no
             part of the name.
 
     Raises:
-        UserError: an unknown operator, a basis or dose it does not have, or ``official`` where nothing was released.
+        UserError: an unknown operator, a basis, dose or window it does not have, or ``official`` where nothing was
+            released.
     """
 
     operator: str
@@ -154,14 +166,35 @@ class Edit:
             raise UserError(
                 f"{self.operator} has no basis {self.basis!r}; choose among {', '.join(BASES[self.operator])}."
             )
-        if self.operator not in DOSED and self.dose != 1.0:
-            raise UserError(f"{self.operator} has no dose; leave dose at 1 or use one of {', '.join(DOSED)}.")
-        if self.operator in ("rotate", "interpolate", "remove_outside", "remove_inside") and not 0 <= self.dose <= 1:
-            raise UserError(f"the dose of {self.operator} is a share within 0 and 1, not {self.dose:g}.")
+        self._check_dose()
+        self._check_window()
         released = self.operator in OFFICIAL and self.basis not in ("u", "v")
         if self.official and not released and not self.control_of:
             raise UserError(
                 f"the released scripts have no {self.operator} with basis {self.basis!r}; leave out official."
+            )
+
+    def _check_dose(self) -> None:
+        if self.operator not in DOSED and self.dose != 1.0:
+            raise UserError(f"{self.operator} has no dose; leave dose at 1 or use one of {', '.join(DOSED)}.")
+        if self.operator in _SHARES and not 0 <= self.dose <= 1:
+            raise UserError(f"the dose of {self.operator} is a share within 0 and 1, not {self.dose:g}.")
+        for amount in (self.dose, *(amount for _, amount in self.amounts)):
+            if not (math.isfinite(amount) and amount >= 0):
+                raise UserError(f"the dose of {self.operator} is a number from 0 up, not {amount:g}.")
+
+    def _check_window(self) -> None:
+        """Refuse a window that would be told, but not used; a control has that of its cell, which names it."""
+        if self.control_of:
+            return
+        if self.operator in WINDOWLESS and not self.window.is_full:
+            raise UserError(
+                f"{self.operator} takes every tensor whole and has no window {self.window.text}; leave out the window."
+            )
+        if self.operator in TURNING and self.window.is_full and not self.amounts:
+            raise UserError(
+                f"{self.operator} turns a part of the singular vectors; all of them span the whole space, which has no "
+                "angles, so give a window such as head:0.2."
             )
 
     @property
@@ -176,6 +209,11 @@ class Edit:
         parts += ["official"] * self.official + [f"draw{self.seed}"] * bool(self.control_of)
         return re.sub(r"[^A-Za-z0-9_.+-]", "-", "_".join([*parts, digest]))
 
+    @property
+    def controlled(self) -> str:
+        """Operator of the cell that this one controls, which its id begins with; empty for other edits."""
+        return next((name for name in BASES if self.control_of.startswith(f"{name}_")), "")
+
     def amount(self, name: str) -> float:
         """The amount for this tensor; the dose where none is given for it."""
         return dict(self.amounts).get(name, self.dose)
@@ -187,7 +225,8 @@ class Edit:
             UserError: see `Scope.names`.
         """
         scope = self.scope
-        if self.official and scope.layers is not None and topology.family.startswith(_LLAMA):
+        everything = scope.layers is None and not scope.modules
+        if self.official and (everything or (scope.layers is not None and topology.family.startswith(_LLAMA))):
             scope = Scope(scope.modules, scope.layers, embeddings=True, head=True)
         return scope.names(topology, vectors=self.operator == "reset")
 
@@ -210,7 +249,7 @@ def from_recipe(recipe: Mapping[str, Any]) -> Edit:
         )
         amounts = tuple((str(name), float(amount)) for name, amount in recipe["amounts"])
         return Edit(**dict(recipe) | {"scope": known, "window": parse_window(recipe["window"]), "amounts": amounts})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the recipe of an edit is incomplete or has an unknown entry ({error}); write it anew."
         ) from error

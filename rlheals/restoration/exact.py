@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlheals.spectra.small_svd import svd
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -235,7 +237,7 @@ def low_rank(change: Tensor, most: int, tolerance: float) -> tuple[Tensor, Tenso
     if not basis.shape[1]:
         return None
     turn, triangle = torch.linalg.qr(inner.mT)
-    left, values, right = torch.linalg.svd(triangle.mT.to(torch.float64), full_matrices=False)
+    left, values, right = svd(triangle.mT.to(torch.float64), full_matrices=False)
     lost = values.square().flip(0).cumsum(0).flip(0) + missed**2  # when the triples from this one on are dropped
     rank = int((lost > tolerance**2).sum())
     root = values[:rank].sqrt()

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlheals import __version__
-from rlheals.restoration.edit import DOSED, Edit
+from rlheals.errors import UserError
+from rlheals.restoration.edit import DOSED, TURNING, WINDOWLESS, Edit
+from rlheals.restoration.job import length
 from rlheals.restoration.operators import Edited, Pair, apply_edit
 from rlheals.restoration.patch import Origin, identify
 from rlheals.restoration.plan import needs_factors
+from rlheals.restoration.tied import twins
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +34,8 @@ class Change:
     Attributes:
         name: of the tensor.
         shape: of it.
-        ranks: the edited window, as ``0-26 of 128``; empty where the edit does not read the spectrum.
+        ranks: the edited window, as ``0-26 of 128`` or ``0-8, 120-128 of 128``; empty where the edit does not read the
+            spectrum.
         relative: ``‖edited − target‖_F / ‖target‖_F``.
         defect: orthogonality defect of the mixed bases, see `rlheals.restoration.operators.Edited`.
     """
@@ -57,21 +61,23 @@ class FolderEdit:
         """Plan the edit.
 
         Raises:
-            UserError: the scope names a module or layer that the model does not have, or selects nothing.
+            UserError: the scope names a module or layer that the model does not have, or selects nothing; the window
+                holds no rank of any matrix, or all of one whose vectors are to be turned.
         """
         self.edit, self._models = edit, models
         self.target: Weights = models.weights[edit.target]
         self.reference: Weights = models.weights[edit.reference]
         chosen = edit.names(self.target.topology)
-        self._twins = _twins(self.target, chosen)
+        self._twins = twins(self.target, chosen)
         self.names = tuple(name for name in self.target.shapes if name in chosen or name in self._twins)
         self.changes: list[Change] = []
+        self._check_window()
 
     def edited(self, name: str) -> Edited | None:
         """The edited tensor; None outside the scope.
 
         Raises:
-            UserError: the operator cannot take this tensor, or a tensor cannot be read.
+            UserError: the operator cannot take this tensor, a tensor cannot be read, or the result is not finite.
         """
         if name not in self.names:
             return None
@@ -81,9 +87,32 @@ class FolderEdit:
             for view in views:  # decomposing takes most of the memory, so it is done while no weight is held
                 view.factors()
         done = apply_edit(self.edit, Pair(*views), name=source)
-        norm = float(torch.linalg.vector_norm(done.tensor.float())) if done.change_norm else 0.0
+        if not math.isfinite(done.change_norm):
+            raise UserError(
+                f"{self.edit.operator} makes numbers of {name} that {self.target.dtypes[name]} cannot hold; edit by a "
+                "smaller dose, or leave this tensor out."
+            )
+        norm = length(done.tensor) if done.change_norm else 0.0
         self.changes.append(self._change(name, done.change_norm, norm, done.orthogonality_defect))
         return done
+
+    def _check_window(self) -> None:
+        window, operator = self.edit.window, self.edit.operator
+        if operator in WINDOWLESS or window.is_full:
+            return
+        ranks = {name: min(self.target.shapes[name]) for name in self.names}
+        widths = {name: sum(span.stop - span.start for span in window.spans(rank)) for name, rank in ranks.items()}
+        if not any(widths.values()):
+            raise UserError(
+                f"the window {window.text} holds no rank of any matrix in the scope, whose ranks go up to "
+                f"{max(ranks.values())}; give another window."
+            )
+        whole = [name for name in self.names if widths[name] == ranks[name]]
+        if whole and operator in TURNING:
+            raise UserError(
+                f"{operator} turns a part of the singular vectors, but {window.text} takes all {ranks[whole[0]]} of "
+                f"{whole[0]}, whose span has no angles; give a smaller window, or leave such matrices out by --modules."
+            )
 
     def planned(self) -> list[Change]:
         """What would be done, without reading a weight; the figures are not known yet."""
@@ -97,8 +126,8 @@ class FolderEdit:
         shape = self.target.shapes[name]
         ranks = ""
         if len(shape) == 2 and self.edit.operator not in ("swap", "reset", "interpolate", "noise"):
-            span = self.edit.window.slice(min(shape))
-            ranks = f"{span.start}-{span.stop} of {min(shape)}"
+            spans = [f"{span.start}-{span.stop}" for span in self.edit.window.spans(min(shape))]
+            ranks = f"{', '.join(spans) or 'none'} of {min(shape)}"
         return Change(name, shape, ranks, norm / whole if norm else 0.0, defect)
 
 
@@ -114,7 +143,7 @@ def model_names(reference: Path, target: Path) -> tuple[str, str]:
 
 
 def command(edit: Edit) -> str:
-    """The command line that makes the edit again."""
+    """The command line that makes the edit again; folders are BASE, TARGET and DIR, as models are known by digest."""
     scope = edit.scope
     options = {"operator": edit.operator, "basis": edit.basis, "window": edit.window.text}
     if scope.layers is not None:
@@ -126,7 +155,7 @@ def command(edit: Edit) -> str:
     if edit.seed:
         options["seed"] = str(edit.seed)
     flags = {"embeddings": scope.embeddings, "head": scope.head, "official": edit.official}
-    words = ["rlheals", "restore", edit.reference, edit.target]
+    words = ["rlheals", "restore", "BASE", "TARGET"]
     words += [word for name, value in options.items() for word in (f"--{name}", value)]
     return shlex.join([*words, *(f"--{name}" for name, given in flags.items() if given), "--out", "DIR"])
 
@@ -145,8 +174,10 @@ def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
             f"`{edit.window.text}`; {len(changed)} of {len(done.target.shapes)} tensors changed"
             + (f", at most by {100 * changed[0].relative:.3g} % (relative Frobenius norm)." if changed else "."),
             "",
-            *_sources({"reference": origin.reference, "target": origin.target}, digest),
+            *_sources({"BASE, the reference": origin.reference, "TARGET": origin.target}, digest),
             "## Recipe",
+            "",
+            "With folders that hold the weights above for BASE and TARGET:",
             "",
             "```",
             command(edit),
@@ -214,12 +245,3 @@ def _sources(models: Mapping[str, Mapping[str, str]], digest: str) -> list[str]:
 
 def _licence(target: str) -> list[str]:
     return [f"The licence and terms of `{target}` apply to this model too.", ""]
-
-
-def _twins(target: Weights, chosen: Sequence[str]) -> dict[str, str]:
-    """A tied head that is stored on its own, and the embedding it must follow."""
-    if not target.topology.tied:
-        return {}
-    embeddings = [m.name for m in target.topology.matrices if m.kind == "embedding" and m.name in chosen]
-    heads = [name for name in target.topology.left_out if name.rpartition(".")[0].endswith("lm_head")]
-    return {head: embeddings[0] for head in heads if embeddings and head.endswith(".weight")}

@@ -20,7 +20,7 @@ from rlheals.errors import UserError, disk_errors
 from rlheals.inference.fingerprint import Proof, check_fingerprint, fingerprint
 from rlheals.reporting.schemas import read_table, write_table
 from rlheals.restoration.job import MatrixView, Pair, distance
-from rlheals.restoration.live import FileState, LiveModel
+from rlheals.restoration.live import Editable, FileState, LiveModel
 from rlheals.restoration.operators import apply_edit
 from rlheals.restoration.plan import Subjects, needs_factors
 from rlheals.restoration.served import ServedModel
@@ -183,8 +183,9 @@ class Facts:
         orthogonality_defect: largest of them, see `rlheals.restoration.operators.Edited`.
         change_norm: of the edit, relative to the norm of the target's weights in scope.
         bytes: of the weights that changed.
-        rank_from: where the window starts, as a share of the rank.
-        rank_to: where it ends.
+        rank_from: where the window starts, as a share of the rank (of the scope's first matrix for one of counts); a
+            window of both ends starts where its trailing ranks do.
+        rank_to: where it ends; a window of both ends where its leading ranks do, which is less than ``rank_from``.
         norms: ``‖edited − target‖_F`` of each tensor in scope.
         seconds: edit, probe and revert together.
     """
@@ -216,18 +217,9 @@ def edit_model(edit: Edit, models: ModelSet) -> EditedModel:
             changes[name] = edited.tensor
             size += edited.tensor.numel() * edited.tensor.element_size()
     before = math.hypot(*(models.norm(edit.target, name) for name in names))
-    ranks = _rank_shares(edit, min(models.shapes[names[0]]))
+    ranks = edit.window.shares(min(models.shapes[names[0]]))
     relative = math.hypot(*norms.values()) / before if before else 0.0
     return EditedModel(changes, Facts(len(names), defect, relative, size, *ranks, norms))
-
-
-def _rank_shares(edit: Edit, rank: int) -> tuple[float, float]:
-    """The window as shares of the rank; a window of counts by the rank of the scope's first matrix."""
-    window = edit.window
-    if isinstance(window.rank_to, float) and (isinstance(window.rank_from, float) or window.rank_from == 0):
-        return float(window.rank_from), window.rank_to
-    columns = window.slice(rank)
-    return columns.start / rank, columns.stop / rank
 
 
 @dataclass(frozen=True)
@@ -258,7 +250,7 @@ class Grid:
     scratch: Path
     load: Callable[[str], Any]
     dtype: str = "float32"
-    _live: tuple[str, LiveModel | ServedModel] | None = field(default=None, init=False)
+    _live: tuple[str, Editable] | None = field(default=None, init=False)
 
     def run(
         self, cells: Sequence[Cell], hands: pl.DataFrame, split: str, count: Callable[[int, str], None]
@@ -314,7 +306,7 @@ class Grid:
         seconds = time.perf_counter() - begin
         return Facts(**{**vars(edited.facts), "seconds": seconds}), answers
 
-    def _on(self, target: str) -> LiveModel | ServedModel:
+    def _on(self, target: str) -> Editable:
         """The engine with the weights of ``target``."""
         if self._live is None or self._live[0] != target:
             if self._live is not None:
@@ -322,7 +314,7 @@ class Grid:
             self._live = (target, self._make_live(target))
         return self._live[1]
 
-    def _make_live(self, target: str) -> LiveModel | ServedModel:
+    def _make_live(self, target: str) -> Editable:
         state, model = FileState(self.models.weights[target]), self.load(target)
         if isinstance(getattr(self.engine, "model", None), torch.nn.Module):
             live = LiveModel(cast("Holder", self.engine), state)

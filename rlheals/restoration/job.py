@@ -14,7 +14,7 @@ from rlheals.spectra.angles import SIDES, Side, side_reader
 from rlheals.spectra.factors import FactorView, MemoryFactors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -109,19 +109,24 @@ class Job:
         return torch.float64 if self.target.dtype == torch.float64 else torch.float32
 
     @property
+    def rounds(self) -> bool:
+        """Whether the result is rounded to a narrower type than it is computed in."""
+        return self.target.dtype != self.dtype
+
+    @property
     def rank(self) -> int:
         """min(m, n)."""
         return min(self.target.shape)
 
-    @property
-    def window(self) -> slice:
-        """The edit's columns of this matrix."""
-        return self.edit.window.slice(self.rank)
+    @cached_property
+    def window(self) -> list[slice]:
+        """The edit's columns of this matrix, one run after the other."""
+        return self.edit.window.spans(self.rank)
 
     @property
     def width(self) -> int:
         """How many columns."""
-        return int(self.window.stop - self.window.start)
+        return sum(span.stop - span.start for span in self.window)
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -139,9 +144,9 @@ class Job:
             self.read[key] = gather(side_reader(view, side), spans, self.dtype)
         return self.read[key]
 
-    def spectrum(self, values: Tensor, span: slice) -> Tensor:
+    def spectrum(self, values: Tensor, spans: list[slice]) -> Tensor:
         """Some singular values."""
-        return values[span].to(self.dtype)
+        return torch.cat([values[span] for span in spans]).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -153,11 +158,32 @@ class Result:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """``‖one − other‖_F``, a block of rows at a time so that the difference stays in the processor's cache."""
+    """``‖one − other‖_F``, a block of rows at a time so that the difference stays in the processor's cache.
+
+    Differences whose squares are too small for the type count as well.
+    """
+    squares = 0.0
+    for part in _differences(one, other):
+        squares += float(torch.linalg.vector_norm(part)) ** 2
+    return math.sqrt(squares) or _tiny_distance(one, other)
+
+
+def length(tensor: Tensor) -> float:
+    """``‖tensor‖_F``, without a wide copy of it."""
+    return distance(tensor, tensor.new_zeros(1).expand_as(tensor))
+
+
+def _differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
     wide = torch.float64 if one.dtype == torch.float64 else torch.float32
     rows = max(1, _CACHED // max(1, one[:1].numel()))
-    squares = 0.0
     for start in range(0, len(one), rows):
-        part = one[start : start + rows].to(wide) - other[start : start + rows].to(wide)
-        squares += float(torch.linalg.vector_norm(part)) ** 2
-    return math.sqrt(squares)
+        yield one[start : start + rows].to(wide) - other[start : start + rows].to(wide)
+
+
+def _tiny_distance(one: Tensor, other: Tensor) -> float:
+    """`distance` in units of the largest difference; 0 for equal tensors."""
+    unit = max((float(part.abs().max()) for part in _differences(one, other) if part.numel()), default=0.0)
+    if not unit:
+        return 0.0
+    scaled = (float(torch.linalg.vector_norm(part.to(torch.float64) / unit)) for part in _differences(one, other))
+    return unit * math.hypot(*scaled)

@@ -7,21 +7,18 @@ whose model cannot be reached are edited by `rlheals.restoration.served`.
 
 from __future__ import annotations
 
-import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from rlheals.errors import UserError
+from rlheals.restoration.checksum import checksum, checksums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlheals.spectra.reader import Weights
-
-_WORDS = 512  # words of 8 bytes in a row of the checksum's table
 
 
 class FileState(Mapping[str, "Tensor"]):
@@ -52,7 +49,35 @@ class Holder(Protocol):
         ...
 
 
-class LiveModel:
+class Editable(ABC):
+    """A target that is live, and at most one edit of it at a time."""
+
+    @abstractmethod
+    def apply(self, changes: Mapping[str, Tensor]) -> int:
+        """Make these tensors live and return how many bytes of weights they are."""
+
+    @abstractmethod
+    def revert(self) -> None:
+        """Take the edit back."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Make sure that the target answers."""
+
+    @contextmanager
+    def edited(self, changes: Mapping[str, Tensor]) -> Iterator[int]:
+        """`apply` for the length of a ``with`` block, and `revert` at its end, come what may.
+
+        Raises:
+            UserError: see `apply` and `revert`.
+        """
+        try:
+            yield self.apply(changes)
+        finally:
+            self.revert()
+
+
+class LiveModel(Editable):
     """One target in a live model, and at most one edit of it at a time.
 
     The model holds the target's weights whenever no edit is applied.
@@ -69,7 +94,7 @@ class LiveModel:
             UserError: the state does not fit the model.
         """
         self._target = target
-        self._checksums: dict[str, str] = {}
+        self._checksums: dict[str, bytes] = {}
         self._kept: dict[str, Tensor] = {}
         self._edited = False
         engine.swap(target)
@@ -96,8 +121,8 @@ class LiveModel:
             seen.add(id(parameter))
             self._checksum_of_target(name)
             self._kept[name] = parameter.data
-            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype).contiguous()
-            size += parameter.numel() * parameter.element_size()
+            parameter.data = tensor.to(parameter).contiguous()
+            size += parameter.nbytes
         return size
 
     def revert(self) -> None:
@@ -112,24 +137,12 @@ class LiveModel:
         kept, self._kept = self._kept, {}
         for name, data in kept.items():
             self._parameters[name].data = data
-        for name in kept:
-            if checksum(self._parameters[name].data) != self._checksum_of_target(name):
+        for name, now in zip(kept, checksums([self._parameters[name] for name in kept]), strict=True):
+            if now != self._checksums[name]:
                 raise not_reverted(f"tensor {name} is not the target's")
 
     def settle(self) -> None:
         """Nothing: after `revert` the target answers."""
-
-    @contextmanager
-    def edited(self, changes: Mapping[str, Tensor]) -> Iterator[int]:
-        """`apply` for the length of a ``with`` block, and `revert` at its end, come what may.
-
-        Raises:
-            UserError: see `apply` and `revert`.
-        """
-        try:
-            yield self.apply(changes)
-        finally:
-            self.revert()
 
     def _check(self, name: str, tensor: Tensor) -> None:
         known = self._parameters
@@ -141,32 +154,13 @@ class LiveModel:
                 "edit a model of the same architecture."
             )
 
-    def _checksum_of_target(self, name: str) -> str:
+    def _checksum_of_target(self, name: str) -> bytes:
         """Checksum of the target's tensor with the live model's type; where its file ties it away, of the live one."""
         if name not in self._checksums:
             live = self._parameters[name]
             stored = self._target[name].to(live.dtype) if name in self._target else live.data
             self._checksums[name] = checksum(stored)
         return self._checksums[name]
-
-
-def checksum(tensor: Tensor) -> str:
-    """Hex sha256 over the row and column sums of a tensor's bytes, laid out as a table of 64-bit words.
-
-    Any one changed word, and any exchange of two unequal ones, changes it. It reads memory as fast as it comes; sha256
-    of the bytes themselves takes several times as long as copying them.
-    """
-    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()  # words must start where a word may start
-    words, rest = divmod(data.numel(), 8)
-    whole = data[: words * 8].view(torch.int64)
-    rows = words // _WORDS
-    table, last = whole[: rows * _WORDS].view(rows, _WORDS), whole[rows * _WORDS :]
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    for part in (table.sum(dim=0), table.sum(dim=1), last, data[data.numel() - rest :]):
-        digest.update(part.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def not_reverted(reason: str) -> UserError:

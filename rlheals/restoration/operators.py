@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlheals.errors import UserError
+from rlheals.restoration.edit import BY_ANGLES
 from rlheals.restoration.job import Edited, Job, MatrixView, Pair, Result, distance
+from rlheals.restoration.matching import of_norm
 from rlheals.restoration.orthonormal import (
     DirectRotation,
     Planes,
+    blocks_of,
     carried_by_rest,
     equal_planes,
     geodesic,
@@ -25,7 +28,7 @@ from rlheals.restoration.orthonormal import (
     rest_of,
     sine_norm,
 )
-from rlheals.spectra.angles import SIDES, Side, blocks, side_reader
+from rlheals.spectra.angles import SIDES, Side, side_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["OPERATORS", "Edited", "MatrixView", "Pair", "apply_edit", "distance", "operator"]
 
 _BY_FACTORS = ("directions", "values", "rotate", "random_rotation", "round_trip")
+_BLOCK = 1 << 20
 OPERATORS: dict[str, Callable[[Job], Result]] = {}
 
 
@@ -85,7 +89,21 @@ def _is_identity(job: Job) -> bool:
         return False
     if job.edit.amount(job.name) == 0.0 or (job.target.dim() == 2 and not job.width):
         return True
-    return job.edit.operator not in ("noise", "random_rotation") and torch.equal(job.reference, job.target)
+    if job.edit.operator in ("noise", "random_rotation"):
+        return False
+    return torch.equal(job.reference, job.target) and (not _copies(job) or _same_bits(job.reference, job.target))
+
+
+def _copies(job: Job) -> bool:
+    """Whether the edit gives the reference's very tensor, signs of zeros included."""
+    operator = job.edit.operator
+    return operator in ("swap", "reset") or (operator == "interpolate" and job.edit.amount(job.name) == 1.0)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of equal values are equal bit for bit: a block at a time, 0 and -0 being what may differ."""
+    pairs = zip(*(torch.split(tensor.reshape(-1), _BLOCK) for tensor in (one, other)), strict=True)
+    return all(torch.equal(torch.signbit(mine), torch.signbit(theirs)) for mine, theirs in pairs)
 
 
 @operator
@@ -102,11 +120,20 @@ def reset(job: Job) -> Result:
 
 @operator
 def interpolate(job: Job) -> Result:
-    """``(1 − t) W_T + t W_B``; the reference's tensor itself at t = 1."""
+    """``(1 − t) W_T + t W_B``; the reference's tensor itself at t = 1.
+
+    As a control it is a step of the norm that its t has, also after rounding.
+    """
     share = job.edit.amount(job.name)
     if share == 1.0:
         return Result(job.reference)
-    return Result(job.wide(job.target).lerp_(job.reference.to(job.dtype), share))
+
+    def moved(share: float) -> Tensor:
+        return job.wide(job.target).lerp_(job.reference.to(job.dtype), share)
+
+    if not job.rounds or job.name not in dict(job.edit.amounts):
+        return Result(moved(share))
+    return Result(of_norm(moved, job.target, share * distance(job.reference, job.target), share, most=1.0))
 
 
 @operator
@@ -145,26 +172,27 @@ def _all_directions(job: Job) -> Result:
     return Result((left * sigma) @ right.mT)
 
 
-def _add_triples(job: Job, matrix: Tensor, view: FactorView, weights: Tensor, span: slice) -> Tensor:
-    """Add ``Σ weights[i] u_i v_iᵀ`` over the span to ``matrix`` in place, a block of vectors at a time."""
-    for block in blocks(span):
+def _add_triples(job: Job, matrix: Tensor, view: FactorView, weights: Tensor, spans: list[slice]) -> Tensor:
+    """Add ``Σ weights[i] u_i v_iᵀ`` over the spans to ``matrix`` in place, a block of vectors at a time."""
+    for block in blocks_of(spans):
         left, right = (side_reader(view, side)(block).to(job.dtype) for side in SIDES)
-        matrix.addmm_(left * job.spectrum(weights, block), right.mT)
+        matrix.addmm_(left * job.spectrum(weights, [block]), right.mT)
     return matrix
 
 
 def _window_vectors(job: Job, side: Side) -> Tensor:
     """The vectors that the edited matrix has in the window."""
-    return job.columns(job.base if side in job.sides else job.tuned, side, [job.window])
+    return job.columns(job.base if side in job.sides else job.tuned, side, job.window)
 
 
 def _signs(job: Job) -> Tensor:
     """For each triple of the window +1 or −1: the sign of the reference's pair that is nearer to the target's."""
     cosines = torch.zeros(job.width, dtype=job.dtype)
-    for block in blocks(job.window):
+    parts = blocks_of(job.window)
+    for block, cosine in zip(parts, torch.split(cosines, [part.stop - part.start for part in parts]), strict=True):
         for side in SIDES:
             ours, theirs = (side_reader(view, side)(block) for view in (job.tuned, job.base))
-            cosines[block.start - job.window.start : block.stop - job.window.start] += (ours * theirs).sum(dim=0)
+            cosine += (ours * theirs).sum(dim=0)
     return torch.where(cosines < 0, -1.0, 1.0).to(job.dtype)
 
 
@@ -176,12 +204,12 @@ def _rest(job: Job) -> tuple[Tensor, float]:
 
 def _rest_by_matrix(job: Job) -> tuple[Tensor, list[float]]:
     """`_rest` from the vectors of the window alone: cheaper for narrow windows."""
-    left, right = (job.columns(job.tuned, side, [job.window]) for side in SIDES)
+    left, right = (job.columns(job.tuned, side, job.window) for side in SIDES)
     sigma = job.spectrum(job.tuned.values, job.window)
     matrix = job.wide(job.target).addmm_(left * sigma, right.mT, alpha=-1.0)
     sines = []
     for side in job.sides:
-        old, new = _both(job, side, [job.window])
+        old, new = _both(job, side, job.window)
         if job.edit.official:
             sines.append(sine_norm(old, new))
             continue
@@ -208,7 +236,7 @@ def _rest_by_factors(job: Job) -> tuple[Tensor, list[float]]:
             rotation = DirectRotation(old, new)
             frames[side] = rotation.carry_(frames[side].clone())
             sines.append(rotation.sine)
-    sigma = torch.cat([job.spectrum(job.tuned.values, span) for span in spans])
+    sigma = job.spectrum(job.tuned.values, spans)
     return (frames["left"] * sigma) @ frames["right"].mT, sines
 
 
@@ -222,7 +250,7 @@ def _few(job: Job, side: Side) -> tuple[list[slice], bool]:
     square = job.target.shape[0 if side == "left" else 1] == job.rank
     if square and 2 * job.width >= job.rank:
         return rest_of(job.window, job.rank), True
-    return [job.window], False
+    return job.window, False
 
 
 @operator
@@ -242,10 +270,12 @@ def random_rotation(job: Job) -> Result:
     """A control: the target's window turned by the angles it has to the reference's, but in a random direction.
 
     With an amount for the tensor, as many dimensions as its rank turn instead, in random planes by one angle, such that
-    the change has this norm: for whole spectra, whose spans have no angles.
+    the change has this norm: for whole spectra, whose spans have no angles, and for edits that are no matter of angles.
     """
-    if job.name in dict(job.edit.amounts):
-        return Result(_turn_to_norm(job, job.edit.amount(job.name)))
+    norm = dict(job.edit.amounts).get(job.name)
+    has_angles = job.edit.controlled in BY_ANGLES and job.width < job.rank
+    if norm is not None and not has_angles:
+        return Result(_turn_to_norm(job, norm))
 
     def planes(side: Side) -> Planes | None:
         spans, _ = _few(job, side)
@@ -276,6 +306,9 @@ def _turn_to_norm(job: Job, norm: float) -> Tensor:
     for side in job.sides:
         length = job.target.shape[0 if side == "left" else 1]
         planes[side] = equal_planes(length, job.rank // 2, _generator(job, side), start)
+    if job.rounds:
+        first = norm / max(norm, float(torch.linalg.vector_norm(start)))
+        return of_norm(lambda angle: _turn(job, planes.get, angle), job.target, norm, first, most=math.pi)
     angle = 0.01
     for _ in range(12):
         turned = _turn(job, planes.get, angle)
@@ -293,14 +326,17 @@ def noise(job: Job) -> Result:
     if norm is None:
         norm = job.edit.dose * distance(job.reference, job.target)
     draw = torch.randn(job.target.shape, generator=_generator(job, ""), dtype=job.dtype)
-    return Result(draw.mul_(norm / float(torch.linalg.vector_norm(draw))).add_(job.target))
+    length = float(torch.linalg.vector_norm(draw))
+    if job.rounds:
+        return Result(of_norm(lambda size: (draw * (size / length)).add_(job.target), job.target, norm, norm))
+    return Result(draw.mul_(norm / length).add_(job.target))
 
 
 @operator
 def round_trip(job: Job) -> Result:
     """A control: the target put together again from its own factors, which changes nothing but rounding."""
     matrix = torch.zeros(job.target.shape, dtype=job.dtype)
-    return Result(_add_triples(job, matrix, job.tuned, job.tuned.values, slice(0, job.rank)))
+    return Result(_add_triples(job, matrix, job.tuned, job.tuned.values, [slice(0, job.rank)]))
 
 
 @operator
@@ -325,7 +361,7 @@ def remove_outside(job: Job) -> Result:
 def _drift(job: Job) -> tuple[Tensor, list[Tensor]]:
     """``W_T − W_B``, and the reference's vectors of the window on both sides."""
     drift = job.wide(job.target).sub_(job.reference.to(job.dtype))
-    return drift, [job.columns(job.base, side, [job.window]) for side in SIDES]
+    return drift, [job.columns(job.base, side, job.window) for side in SIDES]
 
 
 def _generator(job: Job, side: str) -> torch.Generator:

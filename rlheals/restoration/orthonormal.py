@@ -11,7 +11,7 @@ reflection across the span of T followed by that across the span of M = TO + A, 
 to T merely changes sign in the first, so it goes to ``R − M (½ MᵀM)⁻¹ MᵀR = R − M Y (1 + cos)⁻¹ Yᵀ AᵀR``: whole at
 every angle, also at a right one, and nothing larger than k × k is decomposed. O comes from the singular value
 decomposition, because that took 0.4 to 0.9 of the time of scaled Newton–Schulz steps (k = 204 to 819, float32, one
-thread of an x86 server with MKL) and always converges.
+thread of an x86 server with MKL).
 
 Source: Davis & Kahan, SIAM J. Numer. Anal. 7 (1970) 1, for the direct rotation; Björck & Golub, Math. Comp. 27 (1973)
 579, for principal vectors.
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlheals.spectra.angles import blocks
+from rlheals.spectra.small_svd import svd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ def gather(read: Callable[[slice], Tensor], spans: Sequence[slice], dtype: torch
         spans: which columns, one slice after the other.
         dtype: of the result; the float64 columns are in memory only a block at a time.
     """
-    parts = [read(block).to(dtype) for span in spans for block in blocks(span)]
+    parts = [read(block).to(dtype) for block in blocks_of(spans)]
     if len(parts) == 1:
         return parts[0]
     whole = parts[0].new_empty(sum(part.shape[1] for part in parts), parts[0].shape[0]).mT
@@ -51,15 +52,22 @@ def gather(read: Callable[[slice], Tensor], spans: Sequence[slice], dtype: torch
     return whole
 
 
-def rest_of(window: slice, rank: int) -> list[slice]:
-    """The columns outside ``window``."""
-    return [span for span in (slice(0, window.start), slice(window.stop, rank)) if span.stop > span.start]
+def blocks_of(spans: Sequence[slice]) -> list[slice]:
+    """The spans cut into what is read at a time."""
+    return [block for span in spans for block in blocks(span)]
+
+
+def rest_of(spans: Sequence[slice], rank: int) -> list[slice]:
+    """The columns outside the spans, which are in order."""
+    starts = [0, *(span.stop for span in spans)]
+    stops = [*(span.start for span in spans), rank]
+    return [slice(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start]
 
 
 def polar(matrix: Tensor) -> Tensor:
     """The orthogonal matrix closest to a square one (k, k); one of them where it is singular."""
-    parts: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(matrix)
-    return parts[0] @ parts[2]
+    left, _, right = svd(matrix)
+    return left @ right
 
 
 def sine_norm(old: Tensor, new: Tensor, overlap: Tensor | None = None) -> float:
@@ -87,7 +95,7 @@ class DirectRotation:
     def __init__(self, old: Tensor, new: Tensor) -> None:
         """Two bases of orthonormal columns, (n, k) each."""
         overlap = old.mT @ new
-        left, cosines, right = torch.linalg.svd(overlap)
+        left, cosines, right = svd(overlap)
         self.sine = sine_norm(old, new, overlap)
         self._old, self._new, self._turn = old, new, left @ right
         self._core = (right.mT / (1.0 + cosines)) @ right
@@ -141,7 +149,7 @@ def geodesic(old: Tensor, new: Tensor) -> Planes:
 
     Turning by a share t of all angles is the point t on the shortest path between the two spans.
     """
-    left, cosines, right = torch.linalg.svd(old.mT @ new)
+    left, cosines, right = svd(old.mT @ new)
     first = old @ left
     second = (new @ right.mT).addcmul_(first, cosines, value=-1.0)
     sines = torch.linalg.vector_norm(second, dim=0)

@@ -9,16 +9,16 @@ what is applied gives the edited weights bit for bit on every machine. Nothing h
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 
-from rlheals import __version__
-from rlheals.errors import UserError
+from rlheals.errors import UserError, disk_errors
 from rlheals.restoration.exact import Counts, Step, make_step, pack, unpack
+from rlheals.restoration.patch_content import Content, Ends, Entry, Origin, check_step, decode, encode
 from rlheals.restoration.tensor_file import DTYPES, NAMES, TensorFile, TensorFileWriter, raw
+from rlheals.restoration.tied import counterparts
 from rlheals.spectra.reader import Weights, check_same
 
 if TYPE_CHECKING:
@@ -27,49 +27,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-FORMAT = "rlheals.patch"
-VERSION = 1
+__all__ = ["Ends", "Entry", "Origin", "Patch", "PatchWriter"]
+
 _FACTORS = ("left", "right")
 _WAYS = ("forward", "backward")
 _PARTS = ("dense", "positions", "values")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What one of the changes in a patch is.
-
-    Attributes:
-        recipe: `Edit.recipe` of the edit; empty for the plain difference of two models.
-        reference: name and sha256 of the weights that were gone back to; empty for a plain difference.
-        target: the same of the weights that were changed.
-        inverted: the patch undoes this change.
-        version: of rlheals.
-    """
-
-    recipe: Mapping[str, Any]
-    reference: Mapping[str, str]
-    target: Mapping[str, str]
-    inverted: bool = False
-    version: str = __version__
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a patch.
-
-    Attributes:
-        dtype: as safetensors names it.
-        shape: of the weight.
-        before: `tensor_digest` of what the patch applies to.
-        after: the same of what it gives.
-        ranks: of each step, in order; 0 for a step that has no factors.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    before: str
-    after: str
-    ranks: tuple[int, ...]
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -103,6 +65,7 @@ class Patch:
         path: the file.
         origins: what its changes are, in order.
         entries: its tensors by name, in the model's order.
+        models: digests of the whole model that it is for, and of what it gives.
         bytes: size of the file.
 
     Raises:
@@ -113,18 +76,14 @@ class Patch:
         self.path = path
         self._file = TensorFile(path)
         try:
-            content = self._content()
-            self.origins = tuple(Origin(**origin) for origin in content["origins"])
-            self.entries = {
-                name: Entry(**entry | {"shape": tuple(entry["shape"]), "ranks": tuple(entry["ranks"])})
-                for name, entry in content["tensors"].items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            content = decode(self._file.metadata, path)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             self.close()
             raise UserError(f"{path} is a damaged patch ({error}); make it again.") from error
         except UserError:
             self.close()
             raise
+        self.origins, self.entries, self.models = content.origins, dict(content.entries), content.models
         self.bytes = self._file.bytes
 
     def __enter__(self) -> Self:
@@ -138,18 +97,27 @@ class Patch:
         self._file.__exit__()
 
     def steps(self, name: str) -> Iterator[Step]:
-        """The steps of one tensor, in order, each read when it is asked for."""
-        for number in range(len(self.entries[name].ranks)):
+        """The steps of one tensor, in order, each read when it is asked for.
+
+        Raises:
+            UserError: the file lacks a part of one, or it does not fit the tensor.
+        """
+        entry = self.entries[name]
+        for number, rank in enumerate(entry.ranks):
             stored = {
                 part: self._file.tensor(f"{name}/{number}/{part}")
                 for part in _part_names()
                 if f"{name}/{number}/{part}" in self._file.shapes
             }
             forward, backward = (Counts(*(stored.get(f"{way}.{part}") for part in _PARTS)) for way in _WAYS)
-            factored = self.entries[name].ranks[number] > 0
-            if factored != ("left" in stored and "right" in stored):
+            if [part in stored for part in _FACTORS] != [rank > 0] * 2:
                 raise UserError(f"{self.path} lacks the factors of {name}; make it again.")
-            yield Step(stored.get("left"), stored.get("right"), forward, backward if factored else None)
+            step = Step(stored.get("left"), stored.get("right"), forward, backward if rank else None)
+            try:
+                check_step(step, entry, rank)
+            except ValueError as error:
+                raise UserError(f"{self.path} holds a damaged change of {name} ({error}); make it again.") from error
+            yield step
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The changed tensor, bit for bit.
@@ -163,12 +131,28 @@ class Patch:
             raise UserError(f"{self.path} does not give the {name} that it promises, so it was altered; make it again.")
         return tensor
 
-    def check_base(self, weights: Weights) -> None:
-        """Check that these are the weights the patch was made for; reads the tensors that it changes.
+    def check_base(self, weights: Weights, *, same_tensors_only: bool = False) -> None:
+        """Check that this is the model the patch was made for; reads all its tensors.
+
+        Args:
+            weights: the model.
+            same_tensors_only: any model will do whose tensors are equal where the patch changes them.
 
         Raises:
-            UserError: naming the first tensor that is absent or differs.
+            UserError: the patch changes nothing, or naming the first tensor that is absent or differs, or another
+                tensor than those differs.
         """
+        if not self.entries:
+            raise UserError(f"{self.path} changes nothing, so there is nothing to apply.")
+        self._check_changed(weights)
+        if not same_tensors_only and model_digest(weights) != self.models.before:
+            known = "is for another model than" if self.models.before else "does not tell which whole model it is for:"
+            raise UserError(
+                f"{self.path} {known} {weights.path}, only the tensors that it changes agree; apply it to {self._for}, "
+                "or pass --same-tensors-only."
+            )
+
+    def _check_changed(self, weights: Weights) -> None:
         for name, entry in self.entries.items():
             if name not in weights.shapes:
                 raise UserError(
@@ -190,17 +174,6 @@ class Patch:
     def _for(self) -> str:
         first = self.origins[0] if self.origins else None
         return f"{first.target.get('name', 'its own base')} or weights equal to it" if first else "its own base"
-
-    def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self._file.metadata.get(FORMAT, "{}"))
-        if not content:
-            raise UserError(f"{self.path} is no patch of rlheals; name a file that `rlheals patch make` wrote.")
-        if content["version"] != VERSION:
-            raise UserError(
-                f"{self.path} is a patch of format {content['version']}, this rlheals {__version__} reads {VERSION}; "
-                "update rlheals."
-            )
-        return content
 
 
 class PatchWriter:
@@ -247,37 +220,41 @@ class PatchWriter:
             ranks.append(step.rank)
         self.entries[name] = replace(entry, ranks=tuple(ranks))
 
-    def finish(self, origins: Sequence[Origin]) -> None:
-        """Write the file."""
-        content = {
-            "version": VERSION,
-            "origins": [asdict(origin) for origin in origins],
-            "tensors": {name: asdict(entry) for name, entry in self.entries.items()},
-        }
-        self._file.finish({FORMAT: json.dumps(content)})
+    def finish(self, origins: Sequence[Origin], models: Ends) -> None:
+        """Write the file; ``models`` are the digests of the whole models between which it leads."""
+        self._file.finish(encode(Content(tuple(origins), self.entries, models)))
+
+    def ends(self, weights: Weights) -> Ends:
+        """The digests of a model and of what the tensors written so far make of it."""
+        before = {name: weights.digest(name) for name in weights.shapes}
+        after = before | {name: entry.after for name, entry in self.entries.items()}
+        return Ends(digest_of(before), digest_of(after))
 
 
 def make_patch(before: Path, after: Path, out: Path) -> None:
     """Write the patch from one model to another of the same architecture.
 
+    A tied head that only the first stores on its own becomes the embedding of the second.
+
     Raises:
         UserError: the models differ in names, shapes or types, do not differ at all, or cannot be read; see also
             `PatchWriter`.
     """
+    check_patch_target(out, before, after)
     with Weights(before) as old, Weights(after) as new:
         check_same(old, new)
-        names = [name for name in old.shapes if name in new.shapes and old.digest(name) != new.digest(name)]
+        becomes = counterparts(old, new)
+        names = [name for name in old.shapes if name in becomes and old.digest(name) != new.digest(becomes[name])]
         if not names:
             raise UserError(f"{after} has the very weights of {before}, so there is nothing to patch.")
         for name in names:
-            if old.dtypes[name] != new.dtypes[name]:
-                raise UserError(
-                    f"{name} is {old.dtypes[name]} in {before} but {new.dtypes[name]} in {after}; save both alike."
-                )
+            found = new.dtypes[becomes[name]]
+            if old.dtypes[name] != found:
+                raise UserError(f"{name} is {old.dtypes[name]} in {before} but {found} in {after}; save both alike.")
         with PatchWriter(out) as writer:
             for name in names:
-                writer.add(name, old.tensor(name), new.tensor(name))
-            writer.finish([Origin({}, {}, identify(old))])
+                writer.add(name, old.tensor(name), new.tensor(becomes[name]))
+            writer.finish([Origin({}, {}, identify(old))], writer.ends(old))
 
 
 def invert_patch(source: Path, out: Path) -> None:
@@ -290,13 +267,16 @@ def invert_patch(source: Path, out: Path) -> None:
         for name, entry in patch.entries.items():
             steps = [step.inverted() for step in patch.steps(name)][::-1]
             writer.add_steps(name, replace(entry, before=entry.after, after=entry.before), steps)
-        writer.finish([replace(origin, inverted=not origin.inverted) for origin in reversed(patch.origins)])
+        origins = [replace(origin, inverted=not origin.inverted) for origin in reversed(patch.origins)]
+        writer.finish(origins, Ends(patch.models.after, patch.models.before))
 
 
 def compose_patches(first: Path, second: Path, out: Path) -> None:
     """Write the patch that does what ``first`` and then ``second`` do.
 
-    A tensor that ends as it began is left out, so a patch composed with its inverse changes nothing.
+    A tensor that ends as it began is left out, so a patch composed with its inverse changes nothing. The second may be
+    made for another model than the first gives, as long as the tensors that both change agree; which whole model the
+    two lead to is then not known.
 
     Raises:
         UserError: a tensor that both change is not given by the first as the second needs it; see also `Patch`.
@@ -316,7 +296,8 @@ def compose_patches(first: Path, second: Path, out: Path) -> None:
         for name, entry in two.entries.items():
             if name not in one.entries:
                 writer.add_steps(name, entry, two.steps(name))
-        writer.finish([*one.origins, *two.origins])
+        follows = one.models.after == two.models.before
+        writer.finish([*one.origins, *two.origins], Ends(one.models.before, two.models.after if follows else ""))
 
 
 def _merged(steps: Sequence[Step], entry: Entry) -> list[Step]:
@@ -349,14 +330,18 @@ def _part_names() -> list[str]:
     return [*_FACTORS, *(f"{way}.{part}" for way in _WAYS for part in _PARTS)]
 
 
-def check_patch_target(path: Path) -> None:
-    """Make sure that writing a patch to ``path`` replaces nothing but a patch.
+def check_patch_target(path: Path, *models: Path) -> None:
+    """Make sure that writing a patch to ``path`` replaces nothing but a patch and adds nothing to a model's folder.
 
     Raises:
-        UserError: something else is there.
+        UserError: something else is there, or it lies in the folder of a model.
     """
-    if not path.exists() and not path.is_symlink():
-        return
+    for model in models:
+        if path.resolve().is_relative_to(model.resolve()):
+            raise UserError(f"the patch {path} would lie inside the model folder {model}; name a file outside.")
+    with disk_errors(path):
+        if not path.exists() and not path.is_symlink():
+            return
     try:
         Patch(path).close()
     except UserError as error:

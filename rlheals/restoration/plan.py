@@ -267,14 +267,12 @@ def _work(edit: Edit, shape: tuple[int, ...]) -> int:
         entries *= length
     if not needs_factors(edit):
         return entries * (1 if edit.operator in _COPIES else 2)
-    start, stop = _window(edit, shape)
     turning = 2 if edit.operator in ("directions", "rotate", "random_rotation") else 1
-    return entries * (2 + 2 * turning * (stop - start))
+    return entries * (2 + 2 * turning * sum(stop - start for start, stop in _window(edit, shape)))
 
 
-def _window(edit: Edit, shape: tuple[int, ...]) -> tuple[int, int]:
-    columns = edit.window.slice(min(shape))
-    return columns.start, columns.stop
+def _window(edit: Edit, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((span.start, span.stop) for span in edit.window.spans(min(shape)))
 
 
 def _shapes(edit: Edit, subjects: Subjects) -> list[tuple[int, ...]]:

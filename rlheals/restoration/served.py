@@ -7,14 +7,13 @@ target itself is asked for. So a cell costs one push, not two.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlheals.inference.live import serve
-from rlheals.restoration.live import LiveModel, not_reverted
+from rlheals.restoration.live import Editable, LiveModel, not_reverted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -31,7 +30,7 @@ class Held:
         """Nothing to do; `LiveModel.revert` compares with the state it was told."""
 
 
-class ServedModel:
+class ServedModel(Editable):
     """One target behind an engine, and at most one edit of it at a time; the twin of `LiveModel`."""
 
     def __init__(self, engine: Engine, target: Mapping[str, Tensor], model: Any, dtype: str = "float32") -> None:
@@ -82,18 +81,6 @@ class ServedModel:
             self._behind = False
             if self._proof != self._unedited:
                 raise not_reverted("its sentinel log-probabilities differ from those before the edit")
-
-    @contextmanager
-    def edited(self, changes: Mapping[str, Tensor]) -> Iterator[int]:
-        """`apply` for the length of a ``with`` block, and `revert` at its end, come what may.
-
-        Raises:
-            UserError: see `apply` and `revert`.
-        """
-        try:
-            yield self.apply(changes)
-        finally:
-            self.revert()
 
     def _push(self, where: str) -> None:
         self._proof = serve(self._engine, self._model, where, self._dtype, before=self._proof)

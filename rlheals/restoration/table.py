@@ -9,7 +9,7 @@ import polars as pl
 
 from rlheals.errors import UserError
 from rlheals.reporting.schemas import SCHEMAS, check
-from rlheals.restoration.plan import END, MAX_OOD
+from rlheals.restoration.plan import END, MAX_OOD, RL
 from rlheals.stats import holm, mcnemar_pairs, paired_difference, wilson
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def cells_table(
 def best_repairs(cells: pl.DataFrame, count: int, id_budget: float) -> list[str]:
     """``cell_id`` of the cells that raise OOD accuracy on SFT_End most, at no more than ``id_budget`` of ID accuracy.
 
+    Cells that bring the RL model's weights in are no repairs.
+
     Args:
         cells: schema ``cells``, screened on ``select``.
         count: how many; contrasts, which are confirmed anyway, and controls are not counted.
@@ -87,6 +89,7 @@ def best_repairs(cells: pl.DataFrame, count: int, id_budget: float) -> list[str]
     rounding = 1e-9  # 0.9 - 0.85 is more than 0.05 in floats
     eligible = cells.filter(
         (pl.col("target") == END)
+        & (pl.col("reference") != RL)  # that is not put back, it is brought in
         & ~pl.col("contrast")
         & (pl.col("group") != "control")
         & (pl.col("id_difference") >= -id_budget - rounding)

@@ -171,13 +171,15 @@ class TensorFile:
         if length > _LARGEST_HEADER or start > self.bytes:
             raise ValueError(f"its header would take {length} bytes")
         content = json.loads(os.pread(descriptor, length, _LENGTH_BYTES))
-        self.metadata: dict[str, str] = content.pop("__metadata__", {})
+        self.metadata: dict[str, str] = dict(content.pop("__metadata__", {}))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[int, int, torch.dtype]] = {}
         end = 0
         for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
             (first, last), shape = entry["data_offsets"], tuple(entry["shape"])
             dtype = DTYPES[entry["dtype"]]
+            if any(type(number) is not int for number in (first, last, *shape)):
+                raise ValueError(f"tensor {name} has no place or shape")
             if first != end or last - first != math.prod(shape) * dtype.itemsize or any(size < 0 for size in shape):
                 raise ValueError(f"tensor {name} is not where it should be")
             self.shapes[name], self._places[name] = shape, (start + first, last - first, dtype)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlheals.spectra.small_svd import svd
+
 _ROUNDS = 50
 _HALVINGS = 20
 _PHASE_ROUNDS = 12
@@ -233,9 +235,8 @@ def _share(part: Tensor, whole: Tensor) -> float:
 
 
 def _polar(overlap: Tensor) -> Tensor:
-    left, _, right = torch.linalg.svd(overlap)
-    nearest: Tensor = left @ right
-    return nearest
+    left, _, right = svd(overlap)
+    return left @ right
 
 
 def _left_solve(grams: Grams) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from rlheals.errors import UserError
+from rlheals.spectra.small_svd import svdvals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,10 +99,10 @@ def angles_to(read: Callable[[slice], Tensor], span: slice, basis: Tensor) -> Te
         part = other.mT @ basis
         overlap[block.start - span.start : block.stop - span.start] = part
         basis -= other @ part
-    sines = torch.linalg.svdvals(basis).flip(0).clamp(0.0, 1.0)
+    sines = svdvals(basis).flip(0).clamp(0.0, 1.0)
     if float(sines[-1]) ** 2 < 0.5:
         return torch.asin(sines)
-    cosines = torch.linalg.svdvals(overlap).clamp(0.0, 1.0)
+    cosines = svdvals(overlap).clamp(0.0, 1.0)
     return torch.where(cosines.square() >= 0.5, torch.asin(sines), torch.acos(cosines))
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from rlheals.spectra.small_svd import svd
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -83,7 +85,7 @@ class MemoryFactors:
     def of(cls, matrix: Tensor) -> MemoryFactors:
         """Decompose ``matrix`` (m, n) with LAPACK in float64; for tests and for small matrices."""
         wide = matrix.to(torch.float64)
-        left, values, right_transposed = torch.linalg.svd(wide, full_matrices=False)
+        left, values, right_transposed = svd(wide, full_matrices=False)
         right = right_transposed.mT.contiguous()
         norm = float(wide.norm())
         missed = float((wide - (left * values) @ right_transposed).norm())

@@ -26,6 +26,7 @@ from rlheals.spectra.drift import Key, MeasureSettings, series, thinned
 from rlheals.spectra.factorise import factorise
 from rlheals.spectra.factors import Factors, MemoryFactors
 from rlheals.spectra.norms import SMALL, frobenius, spectral_norm
+from rlheals.spectra.small_svd import svd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -320,5 +321,5 @@ def _with_noise(own: _OwnBasis, noise: Tensor, device: str) -> MemoryFactors:
     matrix.diagonal().add_(own.values.to(matrix))
     if own.rank > SMALL:
         return MemoryFactors(factorise(matrix, device=device))
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = svd(matrix, full_matrices=False)
     return MemoryFactors(Factors(left, values.to("cpu", torch.float64), right.mT, "null draw", 0.0, 0.0))

@@ -4,13 +4,19 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from rlheals.models.checkpoint import load_model
 from rlheals.restoration.patch import tensor_digest
 from tests.commands.test_restore import run
+from tests.common import make_folder
 from tests.restoration.folders import drifted, low_rank, same_state, state, write
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture
@@ -62,6 +68,23 @@ def test_the_wrong_base_exits_2(models: tuple[Path, Path], capsys: pytest.Captur
     assert (code, "no safetensors file" in err) == (2, True)
 
 
+def test_another_model_needs_a_word(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    three = write(tmp_path / "c", change=low_rank)
+    other = write(tmp_path / "d", change=lambda name, tensor: tensor * 1.5 if "down_proj" in name else tensor)
+    run(capsys, "patch", "make", models[0], three, "--out", tmp_path / "p")
+    for command in ("apply", "lora"):
+        arguments = ["patch", command, tmp_path / "p", other, "--out", tmp_path / command]
+        code, _, err = run(capsys, *arguments)
+        assert (code, "or pass --same-tensors-only" in err, (tmp_path / command).exists()) == (2, True, False)
+        assert run(capsys, *arguments, "--same-tensors-only")[0] == 0
+    wanted, written = (
+        state(folder)["model.layers.0.self_attn.q_proj.weight"] for folder in (three, tmp_path / "apply")
+    )
+    assert torch.equal(written, wanted)
+
+
 def test_lora_where_the_rank_allows(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -73,3 +96,63 @@ def test_lora_where_the_rank_allows(
     run(capsys, "patch", "make", one, two, "--out", tmp_path / "q")
     code, _, err = run(capsys, "patch", "lora", tmp_path / "q", one, "--out", tmp_path / "no")
     assert (code, "no adapter is written for" in err) == (2, True)
+
+
+def stored_twice(folder: Path, shift: float = 0.0) -> Path:
+    """The folder with its tied head stored on its own."""
+    file = folder / "model.safetensors"
+    found = load_file(file)
+    save_file({**found, HEAD: found[EMBEDDING] + shift}, file, metadata={"format": "pt"})
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(folder)(torch.tensor([[5, 6, 7, 8]])).logits
+
+
+def test_a_tied_head_that_only_one_model_stores_follows_the_embedding(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = (make_folder(tmp_path / f"q{seed}", "qwen2", seed) for seed in (0, 1))
+    stored_twice(one)
+    assert run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")[0] == 0
+    assert run(capsys, "patch", "apply", tmp_path / "p", one, "--out", tmp_path / "there")[0] == 0
+    written, wanted = state(tmp_path / "there"), state(two)
+    assert torch.equal(written[HEAD], wanted[EMBEDDING])
+    assert torch.equal(logits(tmp_path / "there"), logits(two))
+    assert run(capsys, "patch", "make", two, one, "--out", tmp_path / "p")[0] == 0
+    assert run(capsys, "patch", "apply", tmp_path / "p", two, "--out", tmp_path / "here")[0] == 0
+    assert torch.equal(logits(tmp_path / "here"), logits(one))
+
+
+def test_a_stored_tied_head_follows_a_patch_of_a_model_without_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = (make_folder(tmp_path / f"q{seed}", "qwen2", seed) for seed in (0, 1))
+    assert run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")[0] == 0
+    stored_twice(one)
+    arguments = ["patch", "apply", tmp_path / "p", one, "--out", tmp_path / "there", "--same-tensors-only"]
+    assert run(capsys, *arguments)[0] == 0
+    assert torch.equal(logits(tmp_path / "there"), logits(two))
+
+
+def test_a_stored_head_that_is_not_tied_after_all_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = (make_folder(tmp_path / f"q{seed}", "qwen2", seed) for seed in (0, 1))
+    stored_twice(two, shift=1.0)
+    code, _, err = run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")
+    assert (code, "stores a head that differs" in err) == (2, True)
+
+
+def test_the_adapter_of_the_docs_can_be_written(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    patch = ["--patch", tmp_path / "p", "--cache", tmp_path / "cache"]
+    assert run(capsys, "restore", one, two, "--window", "head:0.05", *patch)[0] == 0
+    assert run(capsys, "patch", "lora", tmp_path / "p", two, "--out", tmp_path / "adapter")[0] == 0
+    run(capsys, "restore", one, two, "--window", "head:0.2", *patch)
+    code, _, err = run(capsys, "patch", "lora", tmp_path / "p", two, "--out", tmp_path / "no")
+    assert (code, "is not of rank" in err) == (2, True)

@@ -8,6 +8,8 @@ import pytest
 
 from rlheals import cli
 from rlheals.models.checkpoint import load_model, load_tokenizer
+from rlheals.restoration.edit import BASES, DOSED
+from rlheals.restoration.patch import model_digest
 from rlheals.spectra.reader import Weights
 from tests.common import make_folder
 from tests.restoration.folders import same_bits, same_state, state, write
@@ -58,7 +60,9 @@ def test_the_written_model_is_the_recipe_and_nothing_else(
     line = next(line for line in card.splitlines() if line.startswith("rlheals restore"))
     assert "ranks `head:0.2`" in card
     words = shlex.split(line)[1:]
-    words[words.index("before")], words[words.index("after")] = str(reference), str(target)
+    words[words.index("BASE")], words[words.index("TARGET")] = str(reference), str(target)
+    with Weights(reference) as weights:
+        assert f"| BASE, the reference | before | `{model_digest(weights)}` |" in card
     words[words.index("DIR")] = str(tmp_path / "third")
     assert run(capsys, *words, "--cache", cache)[0] == 0
     assert same_state(out, tmp_path / "third")
@@ -79,6 +83,27 @@ def test_a_full_swap_is_the_reference(
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+def test_a_swap_gives_the_very_bits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Also where only the sign of zeros differs, or numbers whose squares vanish."""
+
+    def zeros(name: str, tensor: Tensor) -> Tensor:
+        return tensor * 0.0 if name == Q0 else tensor * 1e-25
+
+    def signed(name: str, tensor: Tensor) -> Tensor:
+        return zeros(name, tensor) * (-1 if name == Q0 else 3)
+
+    one, two, out = write(tmp_path / "a", change=zeros), write(tmp_path / "b", change=signed), tmp_path / "out"
+    options = ["--operator", "swap", "--modules", "q_proj,up_proj", "--cache", tmp_path / "cache", "--json"]
+    code, text, _ = run(capsys, "restore", one, two, *options, "--out", out, "--patch", tmp_path / "p")
+    assert (code, len(json.loads(text)["changed"])) == (0, 3)  # by size, of which a sign of zero has none
+    before, after, written = state(one), state(two), state(out)
+    for name in written:
+        wanted = before if "q_proj" in name or "up_proj" in name else after
+        assert same_bits(written[name], wanted[name])
+    assert run(capsys, "patch", "apply", tmp_path / "p", two, "--out", tmp_path / "again")[0] == 0
+    assert same_state(tmp_path / "again", out)
+
+
 def test_a_dry_run_writes_nothing(
     models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -88,6 +113,8 @@ def test_a_dry_run_writes_nothing(
     assert (code, "7 of 21 tensors would change" in text, "ranks 60-64 of 64" in text) == (0, True, True)
     code, text, _ = run(capsys, "restore", reference, target, *options, "--json")
     assert (code, len(json.loads(text)["would_change"])) == (0, 7)
+    _, text, _ = run(capsys, "restore", reference, target, *options, "--window", "ends:8-4")
+    assert "ranks 0-8, 60-64 of 64" in text
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -109,11 +136,20 @@ def test_a_tied_head_that_is_stored_follows_the_embedding(capsys: pytest.Capture
     assert same_bits(written["lm_head.weight"], written["model.embed_tokens.weight"])
 
 
+def test_help_tells_which_operators_have_a_dose(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(run(capsys, "restore", "--help")[1].split())
+    plain, _, dosed = text.partition("with a dose: ")
+    assert {name for name in BASES if name in dosed.partition(".")[0]} == set(DOSED)
+    assert all(name in plain for name in BASES if name not in DOSED)
+    assert "head:1.0 takes every rank, head:1 the first" in text
+
+
 def test_bad_input_exits_2_and_writes_nothing(
     models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     reference, target, cache = models
     out = tmp_path / "out"
+    (target.parent / "config.json").write_text("{}")
     wrong: list[tuple[list[object], str]] = [
         ([], "say where to write"),
         (["--out", out, "--operator", "swp"], "did you mean 'swap'"),
@@ -124,7 +160,26 @@ def test_bad_input_exits_2_and_writes_nothing(
         (["--out", out, "--device", "tpu"], "--device tpu is not known"),
         (["--out", target], "exists and is no output"),
         (["--out", out, "--patch", out / "p"], "would lie inside"),
-        (["--patch", target / "config.json"], "is no patch"),
+        (["--patch", target / "p"], "would lie inside the model folder"),
+        (["--patch", reference / "deep" / "p"], "would lie inside the model folder"),
+        (["--patch", target.parent / "config.json"], "is no patch"),
+        (["--patch", out, "--layers", ""], "is not a list of layers"),
+        (["--patch", out, "--modules", ""], "is not a list of names"),
+        (["--patch", out, "--modules", "q_proj,"], "is not a list of names"),
+        (["--out", target / "config.json" / "x"], "a part of the path is a file"),
+        (["--patch", target.parent / "config.json" / "x"], "a file is in the way"),
+        (["--patch", f"/proc/{'x' * 8}"], "can be made there"),
+        (["--out", out, "--shard-gb", "inf"], "--shard-gb is a size"),
+        (["--out", out, "--cache-gib", "inf"], "--cache-gib is a size"),
+        (["--out", out, "--layers", "0-2000000000"], "beyond any model"),
+        (["--patch", out, "--window", "band:500-600"], "holds no rank of any matrix"),
+        (["--patch", out, "--window", "head:0"], "holds no rank of any matrix"),
+        (["--patch", out, "--operator", "rotate", "--window", "head:64"], "takes all 64 of"),
+        (["--patch", out, "--operator", "swap", "--window", "head:0.2"], "has no window"),
+        (["--patch", out, "--operator", "rotate"], "give a window such as"),
+        (["--patch", out, "--operator", "noise", "--dose", "nan"], "a number from 0 up"),
+        (["--patch", out, "--operator", "noise", "--dose", "-1"], "a number from 0 up"),
+        (["--patch", out, "--operator", "noise", "--dose", "1e300"], "cannot hold"),
     ]
     for options, message in wrong:
         code, _, err = run(capsys, "restore", reference, target, *options, "--cache", cache)

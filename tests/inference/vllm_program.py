@@ -28,7 +28,7 @@ from rlheals.inference.vllm import engine as engine_module  # noqa: E402
 from rlheals.inference.vllm import weights as weights_module  # noqa: E402
 from rlheals.inference.vllm.engine import VllmEngine  # noqa: E402
 from rlheals.models.checkpoint import load_model, load_state, load_tokenizer  # noqa: E402
-from rlheals.restoration.live import checksum  # noqa: E402
+from rlheals.restoration.checksum import checksum  # noqa: E402
 from rlheals.restoration.served import ServedModel  # noqa: E402
 
 if TYPE_CHECKING:

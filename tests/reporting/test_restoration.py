@@ -176,6 +176,15 @@ def test_rows_of_the_figures_are_the_right_cells():
     assert sorts == [["0", "1", "2", "3"], ["0", "0-1", "0-2", "all"]]
 
 
+@pytest.mark.parametrize(
+    ("norm", "told"), [(0.2, "50.0 %"), (0.201, "50.0 %"), (0.38, "50.0 % (×1.90)"), (0.1, "50.0 % (×0.50)")]
+)
+def test_a_control_of_another_size_is_told(norm, told):
+    """Turned by the same angles in a random direction, weights change more than by the edit."""
+    assert section._drawn({"ood_accuracy": 0.5, "change_norm": norm}, {"change_norm": 0.2}) == told
+    assert section._drawn({"ood_accuracy": 0.5, "change_norm": norm}, {"change_norm": 0.0}) == "50.0 %"
+
+
 def test_controls_stand_where_their_edit_stands():
     repairs = make(Picture(draws=2))
     rows = with_controls(repairs, rank_rows(repairs.edits))
@@ -211,6 +220,7 @@ def test_confirmed_rows_come_before_screened_ones():
         ({}, "directions of the base"),
         ({"rank_to": 0.2}, "directions of the base, top 20 %"),
         ({"rank_from": 0.25, "rank_to": 0.5}, "directions of the base, ranks 25 to 50 %"),
+        ({"rank_from": 0.8, "rank_to": 0.1}, "directions of the base, top 10 % and last 20 %"),
         ({"layers": "0-2,5"}, "directions of the base, layers 0-2,5"),
         ({"layers": "3"}, "directions of the base, layer 3"),
         ({"layers": "", "modules": "embed_tokens,lm_head"}, "directions of the base, embedding and head"),

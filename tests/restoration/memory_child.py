@@ -19,7 +19,13 @@ from tests.spectra.memory_child import address_space
 def run(root: Path) -> None:
     base, tuned = str(root / "base"), str(root / "tuned")
     cache = ["--cache", str(root / "cache"), "--device", "cpu"]
-    edits = (["--operator", "interpolate", "--dose", "0.5"], ["--window", "head:0.2"], ["--window", "head:4"])
+    edits = (
+        ["--operator", "interpolate", "--dose", "0.5"],
+        ["--window", "head:0.2"],
+        ["--window", "head:4"],
+        ["--operator", "rotate", "--window", "head:0.5", "--dose", "0.5"],
+        ["--operator", "noise"],
+    )
     for number, edit in enumerate(edits):
         out, patch = str(root / f"out{number}"), str(root / f"patch{number}")
         call("restore", base, tuned, *edit, "--modules", "down_proj", "--out", out, "--patch", patch, *cache)

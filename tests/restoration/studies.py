@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from rlheals.models.topology import read_topology
 from rlheals.reporting.schemas import SCHEMAS
-from rlheals.restoration.live import checksum
+from rlheals.restoration.checksum import checksum
 from rlheals.restoration.plan import Subjects
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from torch import nn
+    from torch import Tensor, nn
 
 RUN = {"profile": "test", "model": "tiny", "seed": 0}
 CONFIG = {
@@ -84,4 +85,9 @@ def answers(rows: pl.DataFrame, cell_id: str, solved: Callable[[str, int], bool]
 
 def live_checksums(model: nn.Module) -> dict[str, str]:
     """Checksum of every parameter by name."""
-    return {name: checksum(p.data) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: short_checksum(p.data) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def short_checksum(tensor: Tensor) -> str:
+    """The checksum as a short text, which fits into a table."""
+    return hashlib.sha256(checksum(tensor)).hexdigest()

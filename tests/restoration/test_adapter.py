@@ -1,23 +1,28 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from rlheals.errors import UserError
-from rlheals.models.checkpoint import load_model
-from rlheals.restoration.adapter import adapter_config, export_lora
+from rlheals.models.checkpoint import load_model, save_model
+from rlheals.restoration.adapter import export_lora
 from rlheals.restoration.patch import make_patch
+from tests.common import make_model, make_tokenizer
 from tests.restoration.folders import drifted, low_rank, state, write
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def merged(model: Path, adapter: Path) -> dict[str, Tensor]:
@@ -97,13 +102,74 @@ def test_other_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
         export_lora(tmp_path / "p", after, tmp_path / "lora")
 
 
-def test_peft_reads_it(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    before, after = write(tmp_path / "a"), write(tmp_path / "b", change=uneven)
-    make_patch(before, after, tmp_path / "p")
-    done = export_lora(tmp_path / "p", before, tmp_path / "lora")
-    assert adapter_config(done, "a")["r"] == 2
-    model = peft.PeftModel.from_pretrained(load_model(before), tmp_path / "lora").merge_and_unload()
-    expected = load_model(after)
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
+def ranked(name: str, layers: int) -> int:
+    """The rank of the change of a tensor in `planted`: 0 to 3, other ones in layers 1 and 11 with names alike."""
+    found = re.search(r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)_proj\.weight", name)
+    if found is None:
+        return int(name == "lm_head.weight")
+    return (int(found[1]) * layers + ["q", "k", "v", "o", "gate", "up", "down"].index(found[3])) % 4
+
+
+def planted(model: PreTrainedModel, size: float) -> PreTrainedModel:
+    """A copy of the model in which matrices of all kinds changed, each by ``size`` of its norm."""
+    after = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in after.named_parameters():
+        rank = ranked(name, model.config.num_hidden_layers + 1)
+        if rank:
+            left, right = (torch.randn(length, rank, generator=draw) for length in parameter.shape)
+            change = left @ right.T
+            wide = parameter.data.float()
+            parameter.data = (wide + size * wide.norm() / change.norm() * change).to(parameter.dtype)
+    return after
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(40).reshape(2, 20) + 5).logits.float()
+
+
+def farthest(one: Tensor, other: Tensor) -> float:
+    """Largest difference, relative to the largest number."""
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max())
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_peft_gives_the_patched_model(tmp_path: Path, family: str, dtype: str, layers: int) -> None:
+    """Whatever PEFT makes of the adapter is the patched model but for a few roundings of the weights' own type."""
+    tokenizer = make_tokenizer(family)
+    before = make_model(family, tokenizer, num_hidden_layers=layers, initializer_range=0.05).to(getattr(torch, dtype))
+    after = planted(before, 0.3)
+    for name, model in (("before", before), ("after", after)):
+        save_model(model, tokenizer, tmp_path / name)
+    make_patch(tmp_path / "before", tmp_path / "after", tmp_path / "patch")
+    done = export_lora(tmp_path / "patch", tmp_path / "before", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(load_model(tmp_path / "before", dtype), tmp_path / "lora").eval()
+
+    adapted = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in loaded.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert adapted == {each.module: (each.rank, 1.0) for each in done}
+    wanted = {name: rank for name in after.state_dict() if (rank := ranked(name, layers + 1))}
+    if family == "qwen2":
+        wanted.pop("lm_head.weight")  # tied, and so not changed
+    assert {f"{module}.weight": rank for module, (rank, _) in adapted.items()} == wanted
+    assert set(wanted.values()) == {1, 2, 3}, "the adapter needs patterns"
+
+    eps = torch.finfo(after.dtype).eps
+    expected, start = logits(after), logits(before)
+    assert farthest(start, expected) > 0.1, "the adapter has something to do"
+    assert farthest(logits(loaded), expected) < 16 * eps
+    merged_in = loaded.merge_and_unload()
+    state, weights = merged_in.state_dict(), after.state_dict()
+    assert state.keys() == weights.keys()
+    for name, tensor in weights.items():
+        if name in wanted:
+            assert farthest(state[name], tensor) < 8 * eps, name
+        else:
+            assert torch.equal(state[name], tensor), name
+    assert farthest(logits(merged_in), expected) < 16 * eps

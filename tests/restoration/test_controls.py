@@ -13,7 +13,7 @@ from rlheals.models.topology import read_topology
 from rlheals.restoration.controls import controls_of
 from rlheals.restoration.edit import BASES, FULL, Edit, Scope, Window, head, tail
 from rlheals.restoration.operators import Edited, Pair, apply_edit, distance
-from tests.restoration.pairs import drifted, tensors
+from tests.restoration.pairs import drifted, fitting, tensors
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}
 STEMS = [f"model.layers.{layer}" for layer in range(2)]
@@ -80,6 +80,27 @@ def test_controls_are_as_large_as_the_edit(edit: Edit) -> None:
                 torch.testing.assert_close(now, MODEL[name].target.factors().values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("window", [head(64), head(0.99), head(8)], ids=lambda window: window.text)
+def test_a_window_that_covers_the_rank_of_a_matrix_has_a_control_of_its_norm(window: Window) -> None:
+    """On a square matrix such a span has no angles, so that a rotation by them would change nothing."""
+    edit = cell("directions", "uv", window)
+    norms = {name: edited.change_norm for name, edited in applied(edit).items()}
+    turn = next(c for c in controls(edit) if c.operator == "random_rotation")
+    for name, edited in applied(turn).items():
+        assert edited.change_norm == pytest.approx(norms[name], rel=2e-3)
+
+
+def test_each_matrix_has_the_rotation_that_its_rank_allows() -> None:
+    pairs = {"narrow": drifted(8, 8, seed=1, dtype=torch.float32), "wide": drifted(24, 24, seed=2, dtype=torch.float32)}
+    edit = cell("directions", "uv", head(8))
+    norms = {name: apply_edit(edit, pair, name=name).change_norm for name, pair in pairs.items()}
+    turn = next(c for c in controls_of(edit, norms, norms) if c.operator == "random_rotation")
+    alone = Edit("random_rotation", "uv", "base", "sft_end", edit.scope, edit.window)
+    found = {name: apply_edit(turn, pair, name=name) for name, pair in pairs.items()}
+    assert found["narrow"].change_norm == pytest.approx(norms["narrow"], rel=2e-3)
+    assert torch.equal(found["wide"].tensor, apply_edit(alone, pairs["wide"], name="wide").tensor)
+
+
 def test_a_step_longer_than_the_way_ends_at_the_reference() -> None:
     edit = cell("directions", "uv", tail(2))
     names = edit.names(TOPOLOGY)
@@ -127,7 +148,7 @@ def test_nothing_outside_the_scope_is_touched(
     kind: tuple[str, str], modules: set[str], layers: set[int] | None, embeddings: bool, head_: bool, window: Window
 ) -> None:
     scope = Scope(tuple(sorted(modules)), None if layers is None else tuple(sorted(layers)), embeddings, head_)
-    edit = Edit(*kind, "base", "sft_end", scope, window)  # type: ignore[misc]
+    edit = Edit(*kind, "base", "sft_end", scope, fitting(kind[0], window))  # type: ignore[misc]
     before = {name: tensors(pair)[1].clone() for name, pair in MODEL.items()}
     state = {name: tensors(pair)[1] for name, pair in MODEL.items()}
     for each in (edit, *controls(edit)):

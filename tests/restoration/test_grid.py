@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from rlheals.errors import UserError
 from rlheals.inference.transformers_engine import TransformersEngine
 from rlheals.models.checkpoint import load_model, save_model
-from rlheals.restoration.edit import BASES, DOSED, Edit, Scope, head
+from rlheals.restoration.edit import BASES, DOSED, Edit, Scope, Window, ends, head
 from rlheals.restoration.grid import Grid, ModelSet, edit_model
 from rlheals.restoration.plan import Cell, plan
 from rlheals.spectra.reader import Weights
 from rlheals.spectra.store import FactorStore
 from tests.common import make_model, make_params, make_tokenizer
+from tests.restoration.pairs import fitting
 from tests.restoration.studies import answers, hands, live_checksums
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def edits(draw: st.DrawFn) -> Edit:
     reference, target = draw(st.permutations(sorted(SEEDS)))[:2]
     dose = draw(st.floats(0, 1)) if operator in DOSED else 1.0
     basis = draw(st.sampled_from(BASES[operator]))
-    window = head(draw(st.floats(0, 1)))
-    return Edit(operator, basis, reference, target, draw(scopes()), window, dose)
+    window = draw(st.sampled_from([head, lambda share: ends(share, share)]))(round(draw(st.floats(0, 1)), 3))
+    return Edit(operator, basis, reference, target, draw(scopes()), fitting(operator, window), dose)
 
 
 @given(edits())
@@ -258,9 +259,20 @@ def test_facts_are_those_of_the_weights(shared: ModelSet, folders: dict[str, Pat
     assert (found.facts.rank_from, found.facts.rank_to) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize(("k", "shares"), [(0.2, (0.0, 0.2)), (8, (0.0, 0.25)), (1.0, (0.0, 1.0))])
-def test_windows_are_told_as_shares_of_the_rank(shared: ModelSet, k: float, shares: tuple[float, float]) -> None:
-    edit = Edit("values", "sigma", "base", "sft_end", Scope(("q_proj",)), head(k))
+@pytest.mark.parametrize(
+    ("window", "shares"),
+    [
+        (head(0.2), (0.0, 0.2)),
+        (head(8), (0.0, 0.25)),
+        (head(1.0), (0.0, 1.0)),
+        (ends(8, 4), (0.875, 0.25)),
+        (ends(0.1, 0.25), (0.75, 0.1)),
+        (ends(30, 8), (0.0, 1.0)),
+    ],
+    ids=str,
+)
+def test_windows_are_told_as_shares_of_the_rank(shared: ModelSet, window: Window, shares: tuple[float, float]) -> None:
+    edit = Edit("values", "sigma", "base", "sft_end", Scope(("q_proj",)), window)
     facts = edit_model(edit, shared).facts
     assert (facts.rank_from, facts.rank_to) == shares
 

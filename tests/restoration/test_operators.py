@@ -12,24 +12,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlheals.errors import UserError
-from rlheals.restoration.edit import BASES, CONTROLS, FULL, Edit, Scope, Window, band, head, tail
+from rlheals.restoration.edit import BASES, CONTROLS, FULL, WINDOWLESS, Edit, Scope, Window, band, ends, head, tail
+from rlheals.restoration.job import length
 from rlheals.restoration.operators import OPERATORS, Edited, MatrixView, Pair, apply_edit, distance
 from rlheals.spectra.angles import principal_angles, resolve_k
 from rlheals.spectra.factors import Factors, MemoryFactors
-from tests.restoration.pairs import bases, directions_oracle, drifted, mixed_basis, tensors
+from tests.restoration.pairs import (
+    bases,
+    columns,
+    directions_oracle,
+    drifted,
+    fitting,
+    mixed_basis,
+    released_script,
+    tensors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SHAPES = [(12, 12), (20, 9), (9, 20)]
-WINDOWS = [head(0.25), tail(0.25), band(0.25, 0.5), head(0.8), band(1, 8), FULL]
+WINDOWS = [head(0.25), tail(0.25), band(0.25, 0.5), head(0.8), band(1, 8), ends(2, 1), ends(0.4, 0.3), FULL]
 KINDS = [(name, basis) for name, known in BASES.items() for basis in known]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 spans = pytest.mark.parametrize("window", WINDOWS, ids=lambda window: window.text)
 
 
 def edit(operator: str, basis: str = "", window: Window = FULL, **more: object) -> Edit:
-    return Edit(operator, basis or BASES[operator][0], "base", "sft_end", Scope(), window, **more)  # type: ignore[arg-type]
+    return Edit(operator, basis or BASES[operator][0], "base", "sft_end", Scope(), fitting(operator, window), **more)  # type: ignore[arg-type]
 
 
 def run(pair: Pair, operator: str, basis: str = "", window: Window = FULL, **more: object) -> Edited:
@@ -62,7 +72,7 @@ def test_directions_against_the_dense_oracle(shape: tuple[int, int], window: Win
 def test_the_window_holds_the_reference_exactly(shape: tuple[int, int], window: Window) -> None:
     pair = drifted(*shape, seed=4)
     base_u, base_v, _, sigma, _ = (torch.as_tensor(each) for each in bases(pair))
-    span = window.slice(len(sigma))
+    span = columns(window, len(sigma))
     found = run(pair, "directions", "uv", window).tensor
     torch.testing.assert_close(found @ base_v[:, span], base_u[:, span] * sigma[span], atol=1e-11, rtol=0)
     torch.testing.assert_close(found.mT @ base_u[:, span], base_v[:, span] * sigma[span], atol=1e-11, rtol=0)
@@ -89,7 +99,7 @@ def test_official_puts_bases_side_by_side(shape: tuple[int, int], window: Window
         return
     assert relative(found.tensor, directions_oracle(pair, window, "uv", orthonormal=False)) < 1e-12
     base_u, base_v, u, sigma, v = bases(pair)
-    span = window.slice(len(sigma))
+    span = columns(window, len(sigma))
     taken = run(pair, "directions", "all", window, official=True)
     sigma = sigma.copy()
     sigma[span] = pair.reference.factors().values[span]
@@ -97,12 +107,34 @@ def test_official_puts_bases_side_by_side(shape: tuple[int, int], window: Window
     assert relative(taken.tensor, (left * sigma) @ right.T) < 1e-12
 
 
+@given(st.tuples(st.integers(1, 14), st.integers(1, 14)), st.integers(0, 15), st.integers(0, 15), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_official_edits_of_both_ends_are_those_of_the_scripts(
+    shape: tuple[int, int], k_head: int, k_tail: int, values: bool
+) -> None:
+    pair = drifted(*shape, seed=25)
+    found = run(pair, "directions", "all" if values else "uv", ends(k_head, k_tail), official=True).tensor
+    assert relative(found, released_script(pair, k_head, k_tail, values=values)) < 1e-11
+    if k_head + k_tail >= min(shape):
+        assert found is tensors(pair)[0]
+    if not k_head + k_tail:
+        assert found is tensors(pair)[1]
+
+
+@pytest.mark.parametrize("operator", ["directions", "values", "rotate", "remove_inside"])
+def test_both_ends_are_not_one_end_after_the_other_alone(operator: str) -> None:
+    """A window of both ends that fell back to one of them would pass no other test by luck, but this one never."""
+    pair = drifted(20, 9, seed=26)
+    both, head_alone, tail_alone = (run(pair, operator, "", w).tensor for w in (ends(3, 2), head(3), tail(2)))
+    assert min(relative(both, head_alone), relative(both, tail_alone)) > 1e-4
+
+
 @spans
 def test_the_defect_is_that_of_the_mixed_basis(window: Window) -> None:
     for shape in SHAPES:
         pair = drifted(*shape, seed=7)
         base_u, base_v, u, sigma, v = bases(pair)
-        span, rank = window.slice(len(sigma)), len(sigma)
+        span, rank = columns(window, len(sigma)), len(sigma)
         defects = []
         for old, new in ((u, base_u), (v, base_v)):
             mixed = mixed_basis(old, new, span, orthonormal=False)
@@ -140,7 +172,7 @@ def test_directions_and_values_are_a_swap_on_a_large_matrix() -> None:
 def test_values_leave_the_vectors(shape: tuple[int, int], window: Window) -> None:
     pair = drifted(*shape, seed=9)
     _, _, u, sigma, v = bases(pair)
-    expected, span = sigma.copy(), window.slice(len(sigma))
+    expected, span = sigma.copy(), columns(window, len(sigma))
     expected[span] = pair.reference.factors().values[span]
     assert relative(run(pair, "values", window=window).tensor, (u * expected) @ v.T) < 1e-13
 
@@ -157,7 +189,7 @@ def decomposed(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor) -> M
 def test_one_side_after_the_other_is_both(shape: tuple[int, int], window: Window, order: str) -> None:
     pair = drifted(*shape, seed=10, drift=0.7)
     base_u, base_v, u, sigma, v = bases(pair)
-    span = window.slice(len(sigma))
+    span = columns(window, len(sigma))
     first = run(pair, "directions", order[0], window).tensor
     signs = np.where((base_u * u).sum(0) + (base_v * v).sum(0) < 0, -1.0, 1.0)
     left = mixed_basis(u, base_u * signs, span, orthonormal=True) if order[0] == "u" else u
@@ -185,7 +217,7 @@ def test_one_side_does_not_hang_on_the_signs_of_the_factors() -> None:
 def test_a_rotation_goes_its_share_of_the_way(shape: tuple[int, int], window: Window, share: float) -> None:
     pair = drifted(*shape, seed=12)
     base_u, base_v, u, sigma, v = (torch.as_tensor(each) for each in bases(pair))
-    span = window.slice(len(sigma))
+    span = columns(window, len(sigma))
     found = run(pair, "rotate", "uv", window, dose=share).tensor
     torch.testing.assert_close(torch.linalg.svdvals(found), sigma, atol=1e-11, rtol=0)
     moved_u = found @ (v[:, span] @ torch.diag(1 / sigma[span]))
@@ -204,7 +236,7 @@ def test_a_rotation_goes_its_share_of_the_way(shape: tuple[int, int], window: Wi
 def test_a_random_rotation_has_the_angles_and_another_direction(shape: tuple[int, int], window: Window) -> None:
     pair = drifted(*shape, seed=13)
     base_u, base_v, u, sigma, v = (torch.as_tensor(each) for each in bases(pair))
-    span = window.slice(len(sigma))
+    span = columns(window, len(sigma))
     found = run(pair, "random_rotation", "uv", window).tensor
     torch.testing.assert_close(torch.linalg.svdvals(found), sigma, atol=1e-11, rtol=0)
     image = torch.linalg.svd(found, full_matrices=False)
@@ -256,7 +288,7 @@ def test_what_is_removed_inside_and_outside_is_all_drift(shape: tuple[int, int],
     pair = drifted(*shape, seed=17)
     reference, target = tensors(pair)
     base_u, base_v, _, sigma, _ = (torch.as_tensor(each) for each in bases(pair))
-    span = window.slice(len(sigma))
+    span = columns(window, len(sigma))
     drift = target - reference
     inside = base_u[:, span] @ base_u[:, span].mT @ drift @ base_v[:, span] @ base_v[:, span].mT
     for dose in (0.5, 1.0):
@@ -277,7 +309,7 @@ def test_a_round_trip_changes_rounding_only(shape: tuple[int, int]) -> None:
 def test_edits_that_change_nothing_return_the_target(operator: str, basis: str, dtype: torch.dtype) -> None:
     pair = drifted(12, 9, seed=19, dtype=dtype)
     target = tensors(pair)[1]
-    spectral = operator not in ("swap", "reset", "interpolate", "noise", "round_trip")
+    spectral = operator not in WINDOWLESS
     identities = [run(pair, operator, basis, head(0))] if spectral else []
     if operator in ("rotate", "interpolate", "remove_outside", "remove_inside", "random_rotation", "noise"):
         identities.append(run(pair, operator, basis, head(0.5), dose=0.0))
@@ -312,7 +344,7 @@ def test_no_edit_writes_to_what_it_reads(
         mine, theirs = pair.target.factors().values, pair.reference.factors().values
         expected = theirs if kind[1] in ("sigma", "all") else mine
         inside = torch.zeros(min(shape), dtype=torch.bool)
-        inside[window.slice(min(shape))] = True
+        inside[columns(window, min(shape))] = True
         bound = 20 * torch.finfo(dtype).eps * float(mine.norm() + theirs.norm())
         mixed = torch.where(inside, expected, mine).sort(descending=True).values
         torch.testing.assert_close(wide, mixed, atol=bound, rtol=0)
@@ -355,10 +387,11 @@ def test_few_columns_are_read() -> None:
     views = [Counting(view.factors()) for view in (pair.reference, pair.target)]  # type: ignore[arg-type]
     counted = Pair(*(MatrixView(tensor, lambda v=view: v) for tensor, view in zip(
         (pair.reference.tensor, pair.target.tensor), views, strict=True)))  # type: ignore[misc]  # fmt: skip
-    for operator, most in (("directions", 8 * 4), ("values", 8 * 2), ("rotate", 8 * 4)):
-        asked.clear()
-        run(counted, operator, "", head(resolve_k(0.2, 40)))
-        assert sum(asked) == most
+    for window in (head(resolve_k(0.2, 40)), ends(5, 3)):
+        for operator, most in (("directions", 8 * 4), ("values", 8 * 2), ("rotate", 8 * 4)):
+            asked.clear()
+            run(counted, operator, "", window)
+            assert sum(asked) == most
     for operator in ("swap", "interpolate", "noise", "reset"):
         asked.clear()
         run(counted, operator, dose=1.0)
@@ -377,3 +410,13 @@ def test_other_shapes_are_refused() -> None:
     pair = Pair(MatrixView.of(torch.zeros(4, 3)), MatrixView.of(torch.ones(4, 4)))
     with pytest.raises(UserError, match=r"tensor weight is \[4, 3\] in base but \[4, 4\] in sft_end"):
         run(pair, "swap")
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-25, torch.float32), (1e-200, torch.float64), (1e-38, torch.bfloat16)])
+def test_the_smallest_changes_have_a_size(scale: float, dtype: torch.dtype) -> None:
+    one = torch.full((4, 5), scale, dtype=dtype)
+    assert distance(2 * one, one) == pytest.approx(math.sqrt(20) * scale, rel=0.01)
+    assert length(one) == pytest.approx(math.sqrt(20) * scale, rel=0.01)
+    assert distance(one, one) == 0.0
+    swap = Edit("swap", "all", "base", "sft_end", Scope())
+    assert apply_edit(swap, Pair(MatrixView.of(2 * one), MatrixView.of(one)), name="x").change_norm > 0

@@ -145,8 +145,9 @@ def test_equal_planes_turn_by_one_angle(count: int) -> None:
 
 def test_columns_are_gathered_in_order() -> None:
     basis = frame(600, 1)[:, :520]
-    spans = rest_of(slice(3, 200), 520)
+    spans = rest_of([slice(3, 200)], 520)
     assert spans == [slice(0, 3), slice(200, 520)]
-    assert rest_of(slice(0, 520), 520) == []
+    assert rest_of([slice(0, 520)], 520) == []
+    assert rest_of([slice(0, 3), slice(200, 520)], 520) == [slice(3, 200)]
     found = gather(lambda part: basis[:, part], spans, torch.float32)
     torch.testing.assert_close(found, torch.cat([basis[:, span] for span in spans], 1).to(torch.float32))

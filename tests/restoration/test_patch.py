@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from rlheals.errors import UserError
 from rlheals.restoration.patch import (
-    FORMAT,
+    Ends,
     Origin,
     Patch,
     PatchWriter,
@@ -20,6 +20,7 @@ from rlheals.restoration.patch import (
     model_digest,
     tensor_digest,
 )
+from rlheals.restoration.patch_content import FORMAT
 from rlheals.spectra.reader import Weights
 from tests.restoration.folders import drifted, low_rank, same_bits, state, write
 
@@ -111,7 +112,8 @@ def test_a_patch_and_its_inverse_cancel(models: tuple[Path, Path, Path], tmp_pat
     compose_patches(tmp_path / "p", tmp_path / "back", tmp_path / "none")
     with Patch(tmp_path / "none") as patch:
         assert patch.entries == {}
-    assert equal(applied(tmp_path / "none", models[0]), state(models[0]))
+        with Weights(models[0]) as weights, pytest.raises(UserError, match="changes nothing"):
+            patch.check_base(weights, same_tensors_only=True)
 
 
 def test_another_base_is_refused_by_the_first_tensor_that_differs(
@@ -131,6 +133,41 @@ def test_another_base_is_refused_by_the_first_tensor_that_differs(
     with pytest.raises(UserError, match=f"needs another {differs}"):
         compose_patches(tmp_path / "q", tmp_path / "q", tmp_path / "qq")
     assert not (tmp_path / "qq").exists()
+
+
+def test_the_whole_model_has_to_be_the_one_it_was_made_for(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a"), write(tmp_path / "b", change=low_rank)
+    other = write(tmp_path / "c", change=lambda name, tensor: tensor * 1.5 if "down_proj" in name else tensor)
+    three = write(tmp_path / "d", change=lambda name, tensor: low_rank(name, drifted(name, tensor)))
+    make_patch(one, two, tmp_path / "p")
+    invert_patch(tmp_path / "p", tmp_path / "back")
+    make_patch(two, three, tmp_path / "q")
+    compose_patches(tmp_path / "p", tmp_path / "q", tmp_path / "pq")
+    invert_patch(tmp_path / "pq", tmp_path / "pq-back")
+    for name, fits in (("p", one), ("back", two), ("pq", one), ("pq-back", three)):
+        with Patch(tmp_path / name) as patch, Weights(fits) as weights:
+            patch.check_base(weights)
+    with Patch(tmp_path / "p") as patch, Weights(other) as weights:
+        patch.check_base(weights, same_tensors_only=True)
+        with pytest.raises(UserError, match=r"is for another model than .*; apply it to a or"):
+            patch.check_base(weights)
+
+
+def test_patches_that_do_not_follow_lead_to_no_known_model(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a"), write(tmp_path / "b", change=low_rank)
+    other = write(tmp_path / "c", change=lambda name, tensor: tensor * 1.5 if "down_proj" in name else tensor)
+    make_patch(one, two, tmp_path / "p")
+    make_patch(one, other, tmp_path / "q")
+    compose_patches(tmp_path / "p", tmp_path / "q", tmp_path / "pq")
+    assert not equal(applied(tmp_path / "pq", one), state(two))
+    invert_patch(tmp_path / "pq", tmp_path / "back")
+    both = write(
+        tmp_path / "d", change=lambda name, tensor: tensor * 1.5 if "down_proj" in name else low_rank(name, tensor)
+    )
+    with Patch(tmp_path / "back") as patch, Weights(both) as weights:
+        patch.check_base(weights, same_tensors_only=True)
+        with pytest.raises(UserError, match="does not tell which whole model"):
+            patch.check_base(weights)
 
 
 def test_digests_are_those_of_the_reader(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -167,8 +204,11 @@ def test_what_cannot_be_patched_is_refused(models: tuple[Path, Path, Path], tmp_
         make_patch(one, other, out)
     with pytest.raises(UserError, match="is not a fine-tuned version"):
         make_patch(one, write(tmp_path / "small", layers=1), out)
-    with pytest.raises(UserError, match="exists and is no patch"):
+    with pytest.raises(UserError, match="would lie inside the model folder"):
         make_patch(one, two, one / "config.json")
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="exists and is no patch"):
+        make_patch(one, two, tmp_path / "notes")
     assert not out.exists()
     assert json.loads((one / "config.json").read_text())["model_type"] == "llama"
 
@@ -213,8 +253,8 @@ def test_a_writer_that_stops_leaves_nothing(tmp_path: Path) -> None:
     with PatchWriter(path) as writer:
         writer.add("same", torch.ones(3), torch.ones(3))
         writer.add("sign", torch.zeros(3), -torch.zeros(3))
-        writer.finish([Origin({}, {}, {})])
+        writer.finish([Origin({}, {}, {})], Ends())
     with Patch(path) as patch:
         assert list(patch.entries) == ["sign"]
     with PatchWriter(path) as writer:  # a patch may be replaced
-        writer.finish([])
+        writer.finish([], Ends())

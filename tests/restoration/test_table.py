@@ -34,12 +34,13 @@ def finished(
     control_of: str = "",
     contrast: bool = False,
     target: str = "sft_end",
+    reference: str = "base",
 ) -> Finished:
     if control_of:
         edit = Edit("noise", "all", "base", target, Scope(), control_of=control_of, seed=ood_solved)
         cell = Cell(edit, "control")
     else:
-        cell = Cell(Edit("directions", "uv", "base", target, Scope(), head(share)), "heads", contrast)
+        cell = Cell(Edit("directions", "uv", reference, target, Scope(), head(share)), "heads", contrast)
     return Finished(cell, FACTS, solving(cell.cell_id, id_solved, ood_solved))
 
 
@@ -119,8 +120,9 @@ def test_the_best_repairs_keep_the_budget_and_are_new() -> None:
         finished(0.4, 38, 20),
         finished(0.5, 38, 30, target="rl"),
     )
+    brought_in = finished(0.6, 38, 35, reference="rl")
     control = finished(0, 38, 30, control_of=best.cell.cell_id)
-    table = cells_table([second, best, costly, known, elsewhere, control], UNEDITED, RUN, "select")
+    table = cells_table([second, best, costly, known, elsewhere, control, brought_in], UNEDITED, RUN, "select")
     assert best_repairs(table, 5, 0.05) == [best.cell.cell_id, second.cell.cell_id]
     assert best_repairs(table, 1, 0.05) == [best.cell.cell_id]
     assert best_repairs(table, 1, 0.10) == [costly.cell.cell_id]

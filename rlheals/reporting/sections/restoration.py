@@ -29,6 +29,8 @@ MARKS = (
     "Hollow: screened on {screen} select hands a condition, for choosing only. Filled: confirmed on {confirm} other "
     "hands (the pre-registered edits and the {best} best screened). Grey and black: controls, confirmed likewise."
 )
+_SAME_SIZE = 0.01
+"""Relative difference of two norms from which on it is told."""
 DROPPED = [
     "profile",
     *("id_low", "id_high", "id_before", "id_difference_low", "id_difference_high"),
@@ -150,7 +152,7 @@ def _runs(study: Study, repairs: Repairs) -> list[dict[str, Any]]:
 def _line(row: dict[str, Any], controls: pl.DataFrame) -> dict[str, Any]:
     """One row of the table in words, with the OOD accuracy of every draw of its controls."""
     found = {
-        operator: [percent(value) for value in controls.filter(pl.col("operator") == operator)["ood_accuracy"]]
+        operator: [_drawn(draw, row) for draw in controls.filter(pl.col("operator") == operator).to_dicts()]
         for operator in CONTROL_LOOKS
     }
     return row | {
@@ -158,6 +160,13 @@ def _line(row: dict[str, Any], controls: pl.DataFrame) -> dict[str, Any]:
         "controls": [", ".join(values) or "–" for values in found.values()],
         "against": "–" if row["p_control"] is None else p_value(row["p_control"]),
     }
+
+
+def _drawn(draw: dict[str, Any], row: dict[str, Any]) -> str:
+    """OOD accuracy of one draw of a control, with how large it is beside its edit where that is not as large."""
+    ratio = draw["change_norm"] / row["change_norm"] if row["change_norm"] else 1.0
+    size = "" if abs(ratio - 1) < _SAME_SIZE else f" (×{ratio:.2f})"
+    return f"{percent(draw['ood_accuracy'])}{size}"
 
 
 def _strongest(row: dict[str, Any]) -> str:
