@@ -116,8 +116,8 @@ def decode(metadata: Mapping[str, str], path: Path) -> Content:
             f"{path} is a patch of format {read['version']}, this rlheals {__version__} reads {VERSION}; "
             "update rlheals."
         )
-    if metadata[CHECK] != _digest(text):
-        raise ValueError("its description is not what was written")
+    if metadata.get(CHECK) != _digest(text):
+        raise ValueError("its description is not what was written, or was written before descriptions were checked")
     entries = {name: _entry(found) for name, found in read["tensors"].items()}
     return Content(tuple(_origin(found) for found in read["origins"]), entries, _ends(read["models"]))
 
