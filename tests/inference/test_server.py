@@ -11,6 +11,7 @@ import pytest
 
 from rlheals.errors import UserError
 from rlheals.inference import Sampling
+from rlheals.inference.fingerprint import LONG
 from rlheals.inference.seeds import counter_seed
 from rlheals.inference.server import ServerEngine, client
 from rlheals.inference.server.address import address_of
@@ -233,9 +234,10 @@ def test_a_context_that_is_too_short_is_told_before_anything_is_asked(start: Any
     asked = len(fake.seen)
     with pytest.raises(UserError, match=r"conversations of 100 tokens .* needs 101; .* --max-model-len 1024"):
         built.generate([[5], [5] * 91], Sampling(10))
-    with pytest.raises(UserError, match="needs 193"):
-        built.fingerprint()
     assert len(fake.seen) == asked
+    fake.models["data"][0]["max_model_len"] = LONG - 1
+    with pytest.raises(UserError, match=f"needs {LONG + 1}"):
+        engine(fake, folder).fingerprint()
 
 
 # --- failures

@@ -38,7 +38,10 @@ def test_a_gpu_engine_takes_its_share_and_keeps_compilation(monkeypatch: pytest.
     assert not {"enforce_eager", "enable_chunked_prefill", "kv_cache_memory_bytes"} & set(asked)
     told = environment(settings)
     assert "TORCHDYNAMO_DISABLE" not in told
-    assert told["VLLM_BATCH_INVARIANT"] == "1"
+    for capability, expected in (((7, 5), "0"), ((8, 0), "1"), ((9, 0), "1")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda capability=capability: capability)
+        assert environment(settings)["VLLM_BATCH_INVARIANT"] == expected
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
     assert environment(settings)["VLLM_BATCH_INVARIANT"] == "0", "a user may switch it off"
     assert not settings.in_process

@@ -31,11 +31,24 @@ from rlheals.stages.probe_sft import probe_sft  # noqa: E402
 from rlheals.stages.restore import restore  # noqa: E402
 from rlheals.stages.sft import sft  # noqa: E402
 from tests.stages.test_probe_rl import make_branch, params  # noqa: E402
-from tests.stages.test_restore import SMALL  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+SMALL = (
+    "sft.checkpoints=[0, 2, 3]",
+    "ppo.starts=[2, 3]",
+    "ppo.arms=[ppo]",
+    "restore.layer_blocks=2",
+    "restore.heads=[0.2]",
+    "restore.tails=[]",
+    "restore.doses=[]",
+    "restore.references=[base]",
+    "restore.starts=false",
+    "restore.screen=1",
+    "restore.best=1",
+    "restore.id_budget=1.0",
+)
 VLLM = ("inference.engine=vllm", "inference.max_sequences=32", "inference.memory_fraction=0.05")
 CHANGE = "ppo.change={minibatch: 4, micro_batch: 4, critic_warmup_updates: 0, least_readable: 0.0}"
 ENGINE_OF = pl.exclude("engine", "seconds")
@@ -114,12 +127,6 @@ def main(root: Path) -> None:
         for stage in ("probe_sft", "probe_rl", "restore")
     }
 
-    shutil.rmtree(served.output("restore"))
-    undo = dying(40)
-    restore(served)
-    gc.collect()
-    undo()
-    found["died once"] = answers(plain, "restore") == answers(served, "restore")
     shutil.rmtree(served.output("restore"))
     undo = dying(40, 60)
     try:

@@ -52,9 +52,16 @@ def environment(settings: VllmSettings) -> dict[str, str]:
         # bound to the first cores would meet those of the stage beside this one.
         variables |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     else:
-        # Where the build and the card have batch-invariant kernels, answers do not depend on what shares their batch.
-        variables["VLLM_BATCH_INVARIANT"] = os.environ.get("VLLM_BATCH_INVARIANT", "1")
+        # Where the card has batch-invariant kernels, answers do not depend on what shares their batch.
+        variables["VLLM_BATCH_INVARIANT"] = os.environ.get("VLLM_BATCH_INVARIANT", str(int(_has_invariant_kernels())))
     return variables
+
+
+def _has_invariant_kernels() -> bool:
+    """Whether the first GPU is of compute capability 8.0 or higher, which "Batch Invariance" in vLLM's docs asks for."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def arguments(settings: VllmSettings, config: Any, context: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import sys
@@ -63,7 +62,6 @@ def shut_down(llm: Any) -> None:
     del llm, core
     with _unmarked():
         cleanup_dist_env_and_memory()
-    gc.collect()
 
 
 @contextlib.contextmanager
