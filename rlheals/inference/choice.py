@@ -41,9 +41,9 @@ class Measured:
 
 
 CPU_TABLE = (
-    Measured(1_000_000, 512, 3805, 4539),
-    Measured(10_000_000, 512, 894, 764),
-    Measured(100_000_000, 64, 89, 61),
+    Measured(1_000_000, 512, 5610, 6307),
+    Measured(10_000_000, 512, 1089, 964),
+    Measured(100_000_000, 64, 104, 67),
 )
 """One thread, float32, greedy: `python -m bench.bench_vllm`, bench/RESULTS.md."""
 

@@ -58,7 +58,7 @@ def environment(settings: VllmSettings) -> dict[str, str]:
 
 
 def _has_invariant_kernels() -> bool:
-    """Whether the first GPU is of compute capability 8.0 or higher, which "Batch Invariance" in vLLM's docs asks for."""
+    """Whether the first GPU is of compute capability 8.0 or higher, as "Batch Invariance" in vLLM's docs asks."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
