@@ -30,6 +30,17 @@ def serve(engine: Engine, model: Any, where: str, dtype: str = "float32", before
     if not engine.capabilities.swap:
         return _check_served(engine, model, where, dtype)
     engine.swap(model.state_dict())
+    return prove(engine, model, where, dtype, before)
+
+
+def prove(engine: Engine, model: Any, where: str, dtype: str = "float32", before: Proof | None = None) -> Proof:
+    """Compare what an engine that was given the weights of ``model`` and the model say about the sentinels.
+
+    Arguments and result are those of `serve`.
+
+    Raises:
+        UserError: the engine does not answer with these weights.
+    """
     proof = Proof(engine.fingerprint(), fingerprint(model))
     check_fingerprint(proof, where, dtype, before)
     return proof

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 
 from rlheals.errors import UserError, disk_errors
-from rlheals.inference.fingerprint import Proof, check_fingerprint, fingerprint
+from rlheals.inference.live import prove
 from rlheals.reporting.schemas import read_table, write_table
 from rlheals.restoration.job import MatrixView, Pair, distance
 from rlheals.restoration.live import Editable, FileState, LiveModel
@@ -318,8 +318,7 @@ class Grid:
         state, model = FileState(self.models.weights[target]), self.load(target)
         if isinstance(getattr(self.engine, "model", None), torch.nn.Module):
             live = LiveModel(cast("Holder", self.engine), state)
-            proof = Proof(self.engine.fingerprint(), fingerprint(model))
-            check_fingerprint(proof, str(self.models.weights[target].path), self.dtype)
+            prove(self.engine, model, str(self.models.weights[target].path), self.dtype)
             return live
         return ServedModel(self.engine, state, model, self.dtype)
 

@@ -94,11 +94,12 @@ def make_branch(run: Run, settings: PpoSettings, scratch: Path, identity: dict[s
     """Everything the training needs, loaded and checked.
 
     Raises:
-        UserError: a folder does not load or differs from its manifest, or the model's context is unknown to its config.
+        UserError: a folder does not load or differs from its manifest.
     """
     import torch
 
     from rlheals.inference import Sampling
+    from rlheals.inference.fingerprint import context_of
     from rlheals.models.checkpoint import load_model, load_tokenizer
     from rlheals.tasks import make_task
     from rlheals.training.ppo.reference import load_reference
@@ -135,7 +136,7 @@ def make_branch(run: Run, settings: PpoSettings, scratch: Path, identity: dict[s
             prompt_format=run.spec.prompt_format,
             attempts=params.ppo.attempts,
             sampling=sampling,
-            context=policy.config.get_text_config().max_position_embeddings,
+            context=min(context_of(policy.config), params.inference.max_context),
             seed=run.seed,
         ),
         scratch=scratch,
