@@ -146,17 +146,17 @@ def test_an_unreadable_report_does_not_reach_the_run(tmp_path: Path, log: Log) -
 def test_progress_is_one_artifact_that_gets_the_newest_line_when_its_time_has_come(
     made: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SECONDS_BETWEEN_UPDATES", 1.0)
+    monkeypatch.setattr(artifacts, "SECONDS_BETWEEN_UPDATES", 3.0)
     progress = StageProgress("sft@m-0")
     begun = time.monotonic()
     progress.update(ProgressLine("sft", 0, 10))
     wait_for_updates()
     for done in (1, 2, 3):
         progress.update(ProgressLine("sft", done, 10))
-    assert time.monotonic() - begun < 0.9, "the caller waited"
+    assert time.monotonic() - begun < 2.9, "the caller waited"
     assert [item.value for item in made] == [0.0]
     wait_for_updates()
-    assert time.monotonic() - begun > 0.9
+    assert time.monotonic() - begun > 2.9
     assert [item.value for item in made] == [0.0, 30.0]
     assert made[0].key == "stage-sft-m-0"
     assert made[1].id == "artifact-1"

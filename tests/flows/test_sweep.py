@@ -76,6 +76,7 @@ def artifact(url: str, key: str) -> str:
     return str(reply.json()["data"])
 
 
+@pytest.mark.slow
 def test_two_at_a_time_one_fails_and_a_repetition_runs_nothing(project, server):
     # Each waits for the other to have begun, so this ends only if both run at once.
     both = 'while [ "$(wc -l < "$RLHEALS_TEST_RAN")" -lt 2 ]; do sleep 0.1; done\n'

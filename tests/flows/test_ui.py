@@ -28,6 +28,7 @@ GRAPH_IS_DRAWN = """(() => {
   return Boolean(graph);
 })()"""
 STAGES = ("dataset", "base", "sft", "probe_sft", "report")
+pytestmark = pytest.mark.slow  # it runs the smoke profile
 
 
 class Server:

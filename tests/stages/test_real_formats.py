@@ -66,7 +66,7 @@ def run_stages(root: Path, family: str, **shape: int) -> Run:
     return run
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
+@pytest.fixture(scope="module", params=[pytest.param("qwen2", marks=pytest.mark.slow), "llama"])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_stages(tmp_path_factory.mktemp(request.param), request.param, **SHAPE)
 

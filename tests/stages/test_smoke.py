@@ -162,6 +162,7 @@ def wait_for(found, seconds: float = 120) -> Path:
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_from_its_state(workspace: Path) -> None:
     """kill -9 of `dvc repro` in the middle of pretraining: nothing is published, and the next run resumes exactly."""
     change = ["smoke", "seeds=[7]", "base.steps=80"]

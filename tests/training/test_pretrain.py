@@ -151,6 +151,7 @@ def test_state_that_does_not_fit_the_disk_is_one_sentence_and_leaves_no_state(tm
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_kill_at_any_instant_then_resume(tmp_path: Path):
     script = textwrap.dedent(
         """

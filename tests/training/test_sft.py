@@ -262,6 +262,7 @@ train(make_run(Path(sys.argv[1])))
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_killed_while_writing_it_resumes_to_the_same_bytes(finished: tuple[SftRun, Curves], tmp_path: Path) -> None:
     """Each child gets SIGKILL the moment a state begins to appear, so it is cut while writing it."""
     whole, curves = finished

@@ -50,6 +50,7 @@ def test_both_ranks_end_with_the_same_weights_and_curves(pair: tuple[Path, list[
     assert first["training"][1]["ratio_max_deviation_first"] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_resumed_pair_ends_where_an_uninterrupted_one_does(
     pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
