@@ -53,7 +53,7 @@ def _check_served(engine: Engine, model: Any, where: str, dtype: str) -> Proof:
     if not off < ROUNDING[dtype]:
         raise UserError(
             f"{engine.name} serves other weights than {where} (sentinel log-probabilities differ by {off:.3g} on "
-            "average), and its weights cannot be swapped; serve this folder, or use an engine that can swap "
-            "(inference.engine: vllm or transformers)."
+            f"average), and its weights cannot be swapped; serve this folder in {dtype}, or use an engine that can "
+            "swap (inference.engine: vllm or transformers)."
         )
     return proof

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _WORD = 8  # bytes
 _WIDTH = 512  # words in a row of the table
 _SMALL = 1 << 18  # bytes of a tensor up to which several are worth a copy into one table
-_TOGETHER = 1 << 21  # bytes copied at a time, which stay in the processor's cache
+_TOGETHER = 1 << 19  # bytes copied at a time, which stay in the cache of one core
 
 
 def checksum(tensor: Tensor) -> bytes:

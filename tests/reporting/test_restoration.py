@@ -125,7 +125,7 @@ def test_every_figure_draws_its_words(repairs):
 
 def test_subtitles_say_what_was_screened_and_what_confirmed():
     for name, chart in charts(make()).items():
-        subtitle = chart.to_dict()["title"]["subtitle"]
+        subtitle = " ".join(chart.to_dict()["title"]["subtitle"])
         if name != "restoration_starts":
             assert "hollow: screened on select (n = 150)" in subtitle, name
             assert "filled: confirm (n = 300)" in subtitle, name

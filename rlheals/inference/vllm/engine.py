@@ -184,6 +184,8 @@ class VllmEngine:
             self._restart(error)
         try:
             return action()
+        except UserError:
+            raise
         except Exception as error:
             raise self._died(error) from error
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ACCURACY = YAxis("solved at the first try (% of hands)", "share", "accuracy")
 NLL = YAxis("loss (nats per answer token, log scale)", "log", "nats per token")
+SUBTITLE = 100
+"""Characters in a line of a subtitle, where its statements are no longer."""
 
 
 def ladder_accuracy(summary: pl.DataFrame, choices: Sequence[Choice]) -> alt.TopLevelMixin:
@@ -140,9 +142,25 @@ def first_tries(summary: pl.DataFrame) -> pl.DataFrame:
 
 def finish(chart: Any, title: str, subtitle: str) -> alt.TopLevelMixin:
     """Put title, subtitle and the shared look on a chart."""
-    titled = chart.properties(title=alt.TitleParams(text=title, subtitle=subtitle))
+    # Vega neither breaks a long line nor makes room for it in every font.
+    titled = chart.properties(title=alt.TitleParams(text=title, subtitle=lines(subtitle)))
     configured: alt.TopLevelMixin = titled.configure(**config())
     return configured
+
+
+def lines(text: str, longest: int = SUBTITLE) -> list[str]:
+    """Lines of up to ``longest`` characters that end with whole statements.
+
+    >>> lines("seed 0; bars: 95 % intervals; line: best", 30)
+    ['seed 0; bars: 95 % intervals;', 'line: best']
+    """
+    found: list[str] = []
+    for statement in text.split("; "):
+        if found and len(found[-1]) + len(statement) + 2 <= longest:
+            found[-1] += f"; {statement}"
+        else:
+            found.append(statement)
+    return [*(f"{line};" for line in found[:-1]), found[-1]]
 
 
 def named_panels(panels: Sequence[Any], names: Sequence[str], prefix: str = "model ") -> list[Any]:
