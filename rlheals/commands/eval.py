@@ -170,15 +170,15 @@ def _probe(run: Run, model: Path, n: int, attempts: int) -> tuple[pl.DataFrame, 
 
 
 def _check_weights(engine: Engine, model: Path, dtype: str) -> None:
-    """Make sure that an engine which was not given the weights of ``model`` holds them all the same.
+    """Make sure that an engine which reads its weights by itself has those of ``model``, whole and finite.
 
     Raises:
-        UserError: it holds others.
+        UserError: it has others, or they are damaged.
     """
     from rlheals.inference.live import serve
     from rlheals.models.checkpoint import load_model
 
-    if not engine.capabilities.swap:
+    if engine.name != "transformers":  # that one is made around such a model
         serve(engine, load_model(model, dtype), str(model), dtype)
 
 

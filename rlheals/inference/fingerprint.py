@@ -20,10 +20,16 @@ LONG = 48
 """Tokens of the long sentinel where the context has room: more than a block of our engines holds (32, 16 on a GPU)."""
 FOLLOWERS = 8
 """Tokens whose log-probabilities are asked for the place after the long sentinel."""
-ROUNDING = {"float32": 2e-4, "bfloat16": 0.05}
-"""Mean gap in nats that is accepted between an engine and a model; measured on a CPU: up to 5e-5 and 0.01."""
-SURELY_OTHER = {"float32": 1e-5, "bfloat16": 0.05}
+ROUNDING = {"float32": 4e-5, "bfloat16": 0.02}
+"""Mean gap that is accepted between an engine and a model, for each nat of the mean log-probability (one at least).
+
+Rounding grows with the logits. Measured on a CPU with 2 to 24 layers and logits of standard deviation 1 to 90: up to
+1e-5 and 0.009 a nat.
+"""
+SURELY_OTHER = {"float32": 1e-5, "bfloat16": 0.01}
 """Mean change in nats of a model's fingerprint that an engine which got the change must show, too."""
+FOLLOWED = {"float32": 0.5, "bfloat16": 0.1}
+"""The least share of it that the engine must show: in bfloat16 logits are steps apart, and each side rounds its own."""
 
 
 class Sentinels(NamedTuple):
@@ -108,6 +114,11 @@ def gap(found: Sequence[float], expected: Sequence[float]) -> float:
     return max(sum(part) / len(part) for part in parts if part)
 
 
+def rounding(expected: Sequence[float], dtype: str) -> float:
+    """Mean gap in nats that rounding explains between two computations of a fingerprint."""
+    return ROUNDING[dtype] * max(1.0, sum(map(abs, expected)) / len(expected))
+
+
 def check_fingerprint(proof: Proof, where: str, dtype: str = "float32", before: Proof | None = None) -> None:
     """Refuse an engine that does not answer with the weights it was just given.
 
@@ -116,20 +127,20 @@ def check_fingerprint(proof: Proof, where: str, dtype: str = "float32", before: 
         where: names them in the message.
         dtype: of the engine's weights; decides how much rounding explains.
         before: of the weights it had until then. An edit may change less than `ROUNDING` accepts; where it changes what
-            the model says at all, what the engine says must have changed with it.
+            the model says by `SURELY_OTHER`, what the engine says must have changed with it.
 
     Raises:
         UserError: the gap exceeds what rounding explains, or the engine still answers as before.
     """
-    off = gap(proof.found, proof.expected)
+    off = gap(*proof)
     if before is not None:
         moved, followed = gap(before.expected, proof.expected), gap(before.found, proof.found)
-        if moved > SURELY_OTHER[dtype] and not followed > moved / 2:
+        if moved > SURELY_OTHER[dtype] and not followed > FOLLOWED[dtype] * moved:
             raise UserError(
                 f"after swapping in {where} the engine still answers as before: its sentinel log-probabilities moved "
                 f"by {followed:.3g} on average, the model's by {moved:.3g}; use another engine (inference.engine)."
             )
-    if not off < ROUNDING[dtype]:
+    if not off < rounding(proof.expected, dtype):
         raise UserError(
             f"after swapping in {where} the engine's sentinel log-probabilities are off by {off:.3g} on average, so it "
             "does not answer with these weights; use another engine (inference.engine)."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
-from rlheals.inference.fingerprint import ROUNDING, Proof, check_fingerprint, fingerprint, gap
+from rlheals.inference.fingerprint import Proof, check_fingerprint, fingerprint, gap, rounding
 
 if TYPE_CHECKING:
     from rlheals.inference.engine import Engine
@@ -50,7 +50,7 @@ def _check_served(engine: Engine, model: Any, where: str, dtype: str) -> Proof:
     """Whether an engine whose weights cannot be changed holds those of ``model``."""
     proof = Proof(engine.fingerprint(), fingerprint(model))
     off = gap(*proof)
-    if not off < ROUNDING[dtype]:
+    if not off < rounding(proof.expected, dtype):
         raise UserError(
             f"{engine.name} serves other weights than {where} (sentinel log-probabilities differ by {off:.3g} on "
             f"average), and its weights cannot be swapped; serve this folder in {dtype}, or use an engine that can "

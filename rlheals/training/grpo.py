@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from rlheals.inference.fingerprint import Proof
     from rlheals.training.ppo.settings import PpoSettings
     from rlheals.training.ppo.trainer import BranchRun
 
@@ -219,6 +220,7 @@ class Rollouts:
         self.run = run
         self.dialogue = Dialogue(run.tokenizer)
         self.engine: Any = None
+        self.proof: Proof | None = None
         self.row: dict[str, Any] = {}
         self.advantages: list[dict[str, Any]] = []
         self.finished = 0.0
@@ -229,7 +231,7 @@ class Rollouts:
         begin = time.perf_counter()
         update = trainer.state.global_step // steps_per_update(run)
         torch.manual_seed(counter_seed(run.rollout.seed, update, "grpo"))  # TRL shuffles an update's episodes with it
-        synchronise(self.engine, trainer.model, run.engine_dtype)
+        self.proof = synchronise(self.engine, trainer.model, run.engine_dtype, self.proof)
         items = [run.prompts[int(row)] for row in prompts]
         with torch.autocast(run.device, torch.bfloat16, enabled=run.bfloat16):
             records = collect(self.engine, self.dialogue, run.task, items, run.rollout, update)

@@ -9,17 +9,21 @@ import pytest
 import torch
 
 from rlheals import cli
+from rlheals.commands.eval import _check_weights
+from rlheals.errors import UserError
 from rlheals.inference.server import ServerEngine
+from rlheals.inference.transformers_engine import TransformersEngine
 from rlheals.models.checkpoint import load_model, load_tokenizer, save_model
 from rlheals.models.tiny import tiny_llama, tiny_tokenizer
 from rlheals.params import Architecture
-from rlheals.publish import verify
+from rlheals.publish import MANIFEST, verify
 from rlheals.reporting.schemas import read_table
 from rlheals.tasks import make_task
 from rlheals.tasks.general_points import GeneralPointsSpec
 from tests.fake_server import running, serving
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -116,6 +120,28 @@ def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         loaded.get_output_embeddings().weight.mul_(2)
     save_model(loaded, load_tokenizer(model), folder)
     return folder
+
+
+def test_an_engine_that_reads_its_weights_itself_must_have_those_of_the_folder(
+    model: Path, other: Path, tmp_path: Path
+) -> None:
+    """As vLLM does, which takes damaged weights without a word."""
+
+    class Reader(TransformersEngine):
+        name = "vllm"
+
+    class Deaf(Reader):
+        def swap(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+            """Keep the old weights in silence."""
+
+    tokenizer = load_tokenizer(model)
+    _check_weights(Reader(load_model(other), tokenizer, 4), model, "float32")
+    with pytest.raises(UserError, match="does not answer with these weights"):
+        _check_weights(Deaf(load_model(other), tokenizer, 4), model, "float32")
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    (damaged / MANIFEST).write_text(json.dumps({"model.safetensors": "0" * 64}))
+    with pytest.raises(UserError, match="corrupted"):
+        _check_weights(Reader(load_model(model), tokenizer, 4), damaged, "float32")
 
 
 def test_a_server_answers_as_the_machine_at_hand_does(

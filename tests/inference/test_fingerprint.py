@@ -103,6 +103,29 @@ def test_bfloat16_explains_more() -> None:
         check_fingerprint(proof, "checkpoint-5", "float32")
 
 
+def test_rounding_grows_with_the_logits() -> None:
+    """Right weights in bfloat16 whose logits are large must not be refused, others still are."""
+    model = make_model("llama", TOKENIZER, num_hidden_layers=8)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4)
+    exact = fingerprint(model)
+    proof = Proof(fingerprint(model.bfloat16()), exact)
+    assert gap(*proof) > 0.05, "or this would hold without it"
+    check_fingerprint(proof, "checkpoint-5", "bfloat16")
+    far = Proof([value - 0.03 * abs(value) for value in proof.expected], proof.expected)
+    with pytest.raises(UserError, match="off by"):
+        check_fingerprint(far, "checkpoint-5", "bfloat16")
+
+
+def test_a_change_that_does_not_arrive_is_refused_in_bfloat16_too() -> None:
+    own = fingerprint(make_model("llama", TOKENIZER))
+    before = Proof([value + 0.02 for value in own], own)
+    moved = [value + 0.03 for value in own]
+    check_fingerprint(Proof([value + 0.01 for value in before.found], moved), "an edit", "bfloat16", before)
+    with pytest.raises(UserError, match="still answers as before"):
+        check_fingerprint(Proof(before.found, moved), "an edit", "bfloat16", before)
+
+
 def test_serving_gives_the_weights_and_proves_it() -> None:
     first, second = (make_model("llama", TOKENIZER, seed) for seed in (0, 1))
     engine = TransformersEngine(make_model("llama", TOKENIZER, 0), TOKENIZER, 4)

@@ -126,8 +126,15 @@ def test_an_engine_that_dies_is_started_once_more_with_the_weights_it_had(
     assert llama["deaths"]["restarts"] == 1
     assert "vllm: the engine died (CPU Generator does not use offset); starting it again" in run[1]
     assert llama["deaths"]["again"].startswith(
-        "the vLLM engine died twice, the second time of: CPU Generator does not use offset. Answers that were finished"
+        "the vLLM engine died twice, the second time of: CPU Generator does not use offset. What a stage had finished"
     )
+    assert llama["deaths"]["closed"].startswith("the vLLM engine is closed")
+
+
+def test_a_second_engine_in_one_process_is_refused_and_the_first_goes_on(llama: dict[str, Any]) -> None:
+    assert llama["neighbours"]["told"].startswith("a vLLM engine runs in this process already")
+    assert llama["neighbours"]["alike"]
+    assert llama["neighbours"]["restarts"] == 0
 
 
 def test_prompts_that_cannot_be_answered_are_told(found: dict[str, Any]) -> None:

@@ -242,7 +242,15 @@ def deaths(vllm: VllmEngine, folders: Sequence[Path], asked: list[list[int]]) ->
         "alike": before == after,
         "restarts": restarts,
         "again": told(lambda: vllm.generate(asked, ASKED["greedy"])),
+        "closed": told(lambda: vllm.generate(asked, ASKED["greedy"])),
     }
+
+
+def neighbours(vllm: VllmEngine, folders: Sequence[Path], asked: list[list[int]]) -> dict[str, Any]:
+    """A second engine is asked for beside the first; what the first says then."""
+    before = tokens(vllm.generate(asked, ASKED["greedy"]))
+    said = told(lambda: VllmEngine(folders[1], vllm.tokenizer, vllm.settings))
+    return {"told": said, "alike": tokens(vllm.generate(asked, ASKED["greedy"])) == before, "restarts": vllm.restarts}
 
 
 def refusals(root: Path) -> dict[str, str]:
@@ -282,6 +290,7 @@ def report(family: str, folders: Sequence[Path]) -> dict[str, Any]:
     }
     if family == "llama":
         found["seeds"] = many_seeds(vllm, vocabulary)
+        found["neighbours"] = neighbours(vllm, folders, asked)
         found["deaths"] = deaths(vllm, folders, asked)
     vllm.close()
     return found

@@ -172,8 +172,10 @@ class VllmEngine:
         """The result of ``action``; an engine that dies is started once more, with the weights it had.
 
         Raises:
-            UserError: it died a second time.
+            UserError: it died a second time, or was closed.
         """
+        if self._llm is None:
+            raise UserError("the vLLM engine is closed, by its program or because it died; make another one.")
         try:
             return action()
         except UserError:
@@ -181,29 +183,36 @@ class VllmEngine:
         except Exception as error:  # vLLM raises whatever its kernels and workers do
             if self.restarts:
                 raise self._died(error) from error
-            self._restart(error)
-        try:
-            return action()
-        except UserError:
-            raise
-        except Exception as error:
-            raise self._died(error) from error
+            return self._again(action, error)
 
-    def _restart(self, error: Exception) -> None:
+    def _again(self, action: Callable[[], Result], error: Exception) -> Result:
+        """The result of ``action`` on an engine that is started anew."""
         self.restarts += 1
         print(f"vllm: the engine died ({first_line(error)}); starting it again", file=sys.stderr)
         self.close()
-        self._start()
+        try:
+            self._start()
+            self._restore()
+            return action()
+        except UserError:
+            self.close()  # it may hold other weights than it should
+            raise
+        except Exception as again:
+            raise self._died(again) from again
+
+    def _restore(self) -> None:
+        """Give a fresh engine the weights the last one had, and prove it where that had been done."""
         if self._state is not None:
             self._push(self._state)
         if self._known is not None:
             check_fingerprint(Proof(self._score(), self._known), "the weights it had", self.settings.dtype)
 
     def _died(self, error: Exception) -> UserError:
+        self.close()
         return UserError(
-            f"the vLLM engine died twice, the second time of: {first_line(error)}. Answers that were finished are "
-            "kept; run the same command again to go on, lower inference.max_sequences or inference.memory_fraction if "
-            "it ran out of memory, or set inference.engine: transformers."
+            f"the vLLM engine died twice, the second time of: {first_line(error)}. What a stage had finished is kept; "
+            "run the same command again to go on, lower inference.max_sequences or inference.memory_fraction if it ran "
+            "out of memory, or set inference.engine: transformers."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import sys
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from rlheals.inference.vllm.settings import VllmSettings
 
 
+_running: set[int] = set()
+"""Engines of this process that have not been stopped."""
+
+
 def start(folder: Path, config: Any, settings: VllmSettings, context: int) -> Any:
     """A ``vllm.LLM`` that serves ``folder``.
 
@@ -33,8 +38,14 @@ def start(folder: Path, config: Any, settings: VllmSettings, context: int) -> An
         context: longest conversation in tokens.
 
     Raises:
-        UserError: vLLM is missing or of another release, does not serve the model, or does not start.
+        UserError: vLLM is missing or of another release, does not serve the model, or does not start; another engine
+            runs in this process.
     """
+    if _running:
+        gc.collect()  # what nothing holds any more stops itself
+    if _running:
+        # Stopping one ends the process groups that all share, and the others could not answer any more.
+        raise UserError("a vLLM engine runs in this process already; swap weights in it, or close() it first.")
     check_installed(settings.device)
     os.environ.update(environment(settings))
     print(f"vllm: starting with {folder} (about 10 s)", file=sys.stderr)
@@ -43,19 +54,22 @@ def start(folder: Path, config: Any, settings: VllmSettings, context: int) -> An
         from vllm import LLM
 
         try:
-            return LLM(model=str(folder), tokenizer=str(folder), **arguments(settings, config, context))
+            llm = LLM(model=str(folder), tokenizer=str(folder), **arguments(settings, config, context))
         except Exception as error:  # whatever its workers raise
             raise UserError(
                 f"vLLM does not start with {folder} ({first_line(error, 300)}); lower inference.memory_fraction, "
                 "inference.max_sequences or inference.max_context if memory is short, or set inference.engine: "
                 "transformers."
             ) from error
+    _running.add(id(llm))
+    return llm
 
 
 def shut_down(llm: Any) -> None:
     """Stop an engine, whatever state it is in, so that another can be started in this process."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    _running.discard(id(llm))
     core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
     with contextlib.suppress(Exception):  # a dead engine may not even stop
         core.shutdown()  # type: ignore[union-attr]

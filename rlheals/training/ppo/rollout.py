@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rlheals.evaluation.dialogue import Dialogue
     from rlheals.inference import Answer, Engine, Sampling
+    from rlheals.inference.fingerprint import Proof
     from rlheals.tasks import Task
     from rlheals.tasks.core import Episode, Turn
 
@@ -245,14 +246,20 @@ def plays_itself(engine: Engine, policy: Any) -> bool:
     return getattr(engine, "model", None) is policy
 
 
-def synchronise(engine: Engine, policy: Any, dtype: str = "float32") -> None:
+def synchronise(engine: Engine, policy: Any, dtype: str = "float32", before: Proof | None = None) -> Proof | None:
     """Make ``engine`` answer with the weights of ``policy``: nothing to do around the live module, else a checked swap.
+
+    Args:
+        engine: plays the episodes.
+        policy: the trained model.
+        dtype: of the engine's weights.
+        before: what the last call returned: an update moves weights too little for rounding to tell it from none.
 
     Raises:
         UserError: the engine cannot swap, or does not answer with the weights it was given.
     """
     if plays_itself(engine, policy):
-        return
+        return None
     from rlheals.inference.live import serve
 
-    serve(engine, policy, "the trained policy", dtype)
+    return serve(engine, policy, "the trained policy", dtype, before)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlheals.inference import Engine
+    from rlheals.inference.fingerprint import Proof
     from rlheals.tasks import Task
     from rlheals.training.ppo.actor_critic import Evaluation
     from rlheals.training.ppo.reference import Reference
@@ -182,6 +183,7 @@ class Trainer:
         self.learner = self._learner()
         self.actor_critic.eval()  # dropout would move the first ratio away from 1
         self.engine = run.make_engine(run.policy, run.tokenizer)
+        self.proof: Proof | None = None
         self.dialogue = Dialogue(run.tokenizer)
 
     def _learner(self) -> Learner:
@@ -234,7 +236,7 @@ class Trainer:
 
     def play(self, index: int) -> list[EpisodeRecord]:
         """This process's episodes of update ``index``."""
-        synchronise(self.engine, self.run.policy, self.run.engine_dtype)
+        self.proof = synchronise(self.engine, self.run.policy, self.run.engine_dtype, self.proof)
         rows = draw_hands(len(self.run.prompts), self.run.episodes, self.run.rollout.seed, index)
         items = [self.run.prompts[row] for row in rows[self.rank :: self.world]]
         compared = self.engine.capabilities.logprobs and not plays_itself(self.engine, self.run.policy)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,4 +193,12 @@ def test_an_engine_with_a_copy_gets_the_weights_and_is_checked() -> None:
     assert copy.fingerprint() == fingerprint(policy)
     with pytest.raises(UserError, match=r"after swapping in the trained policy .* does not answer with these weights"):
         synchronise(Deaf(make_model("words", TOKENIZER, seed=3), TOKENIZER, 8), policy)
+    proof = synchronise(copy, policy)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.mul_(1 + 4e-5)  # about one update: within what rounding explains
+    deaf = Deaf(make_model("words", TOKENIZER, seed=2), TOKENIZER, 8)
+    synchronise(deaf, policy)
+    with pytest.raises(UserError, match="still answers as before"):
+        synchronise(deaf, policy, before=proof)
+    assert synchronise(copy, policy, before=proof) != proof
     synchronise(Deaf(policy, TOKENIZER, 8), policy)  # around the live module there is nothing to do
