@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,8 +165,9 @@ def _probe(run: Run, model: Path, n: int, attempts: int) -> tuple[pl.DataFrame, 
         "cell_id": "",
     }
     prober = make_prober(run, model)
-    _check_weights(prober.engine, model, run.spec.dtype)
-    answers = prober.answers(hands, attempts, columns, Progress("eval", len(hands), "hand").update)
+    with closing(prober.engine):
+        _check_weights(prober.engine, model, run.spec.dtype)
+        answers = prober.answers(hands, attempts, columns, Progress("eval", len(hands), "hand").update)
     return answers, summarise(answers, (1, attempts)).sort("condition", "attempts")
 
 

@@ -95,3 +95,7 @@ class Engine(Protocol):
         `rlheals.inference.fingerprint.fingerprint` computes what they must be.
         """
         ...
+
+    def close(self) -> None:
+        """Stop what was started for the engine; it cannot be asked any more then."""
+        ...

@@ -79,6 +79,9 @@ class TransformersEngine:
         """Log-probabilities of fixed sentinel prompts under the current weights."""
         return fingerprint(self.model)
 
+    def close(self) -> None:
+        """Nothing to stop: the model belongs to whoever gave it."""
+
     def _answer(self, rows: Sequence[int], token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Decode one batch and turn its tokens into answers."""
         tokens, lengths, scores = self._decode([token_ids[row] for row in rows], rows, sampling)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,8 @@ def _probe(run: Run, branches: list[Branch], hands: pl.DataFrame, scratch: Path)
     rows = loss_sets(prober.dialogue, path, run.params.sft.ood_loss_target)
     bar = Progress("probe_rl", len(branches) * len(updates) * len(hands), "hand")
     probe = Checkpoints(run, scratch, prober, hands, rows, bar)
-    pairs = [probe.tables(branch, update) for branch in branches for update in updates]
+    with closing(prober.engine):
+        pairs = [probe.tables(branch, update) for branch in branches for update in updates]
     return pl.concat([answers for answers, _ in pairs]), pl.concat([losses for _, losses in pairs])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +62,16 @@ def _play(run: Run, ladder: Path, probes: pl.DataFrame, scratch: Path) -> tuple[
     """Both passes over the ladder: ``select`` at every rung, the choice, ``confirm`` at every rung."""
     steps, settings = run.params.sft.checkpoints, run.params.probe_sft
     bar = Progress("probe_sft", len(steps) * len(probes), "hand")
-    rungs = Rungs(run, ladder, scratch, make_prober(run, ladder / f"checkpoint-{steps[0]}"), bar)
+    prober = make_prober(run, ladder / f"checkpoint-{steps[0]}")
+    rungs = Rungs(run, ladder, scratch, prober, bar)
     select = probes.filter(pl.col("split") == "select")
     confirm = probes.filter(pl.col("split") == "confirm")
-    tables = [rungs.answers(step, "select", select, settings.select_attempts) for step in steps]
-    chosen = choose_rungs(pl.concat(tables))
-    for step in steps:
-        attempts = settings.confirm_attempts if step in chosen.values() else 1
-        tables.append(rungs.answers(step, "confirm", confirm, attempts))
+    with closing(prober.engine):
+        tables = [rungs.answers(step, "select", select, settings.select_attempts) for step in steps]
+        chosen = choose_rungs(pl.concat(tables))
+        for step in steps:
+            attempts = settings.confirm_attempts if step in chosen.values() else 1
+            tables.append(rungs.answers(step, "confirm", confirm, attempts))
     return pl.concat(tables), chosen
 
 

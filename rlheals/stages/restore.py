@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,10 +98,12 @@ def _evaluate(run: Run, models: ModelSet, scratch: Path) -> tuple[pl.DataFrame, 
     cells = plan(settings, subjects)
     models.check_room(cells)
     probes = read_table(run.output("dataset") / "probes.parquet", "probes")
-    passes = Passes(run, make_grid(run, models, scratch), subjects)
-    screened = passes.ask(cells, hands_of(probes, SELECT, settings.screen), SELECT, [MAX_OOD])
+    grid = make_grid(run, models, scratch)
+    passes = Passes(run, grid, subjects)
     others = [*settings.references, MAX_OOD]
-    confirmed = passes.ask(passes.to_confirm(screened), hands_of(probes, CONFIRM), CONFIRM, others)
+    with closing(grid.engine):
+        screened = passes.ask(cells, hands_of(probes, SELECT, settings.screen), SELECT, [MAX_OOD])
+        confirmed = passes.ask(passes.to_confirm(screened), hands_of(probes, CONFIRM), CONFIRM, others)
     return pl.concat([screened.cells, confirmed.cells]), pl.concat([screened.answers, confirmed.answers])
 
 

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,8 @@ def train_grpo(run: BranchRun) -> Curves:
         trainer = make_trainer(run, rollouts)
         rollouts.engine = run.make_engine(trainer.model, run.tokenizer)
         trainer.add_callback(Branch(trainer, run, rollouts, curves))
-        trainer.train(resume_from_checkpoint=str(state) if state else None)
+        with closing(rollouts.engine):
+            trainer.train(resume_from_checkpoint=str(state) if state else None)
     return curves
 
 

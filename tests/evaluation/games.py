@@ -76,6 +76,9 @@ class ScriptedEngine:
     def fingerprint(self) -> list[float]:
         return []
 
+    def close(self) -> None:
+        pass
+
 
 def probe_rows(pairs: Sequence[tuple[int, int]], condition: str = "ood", split: str = "select") -> pl.DataFrame:
     """Probe rows of the game, schema ``probes``."""

@@ -44,6 +44,9 @@ class Far:
     def fingerprint(self) -> list[float]:
         return [value + self.noise * self.swaps for value in fingerprint(self._held)]
 
+    def close(self) -> None:
+        pass
+
     def holds(self, name: str, tensor: Tensor) -> bool:
         return torch.equal(self._held.state_dict()[name], tensor)
 

@@ -5,7 +5,6 @@ Run: python -m tests.stages.vllm_program ROOT
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
@@ -66,7 +65,6 @@ def engines(run: Run, stage: str) -> list[str]:
 def probes(run: Run) -> None:
     for stage in (probe_sft, probe_rl, restore):
         stage(run)
-        gc.collect()  # the stage's engine ends with it
 
 
 def dying(*calls: int) -> Callable[[], None]:
@@ -99,7 +97,6 @@ def train(run: Run) -> dict[str, Any]:
     branch = replace(run, start=3, arm="ppo")
     shutil.rmtree(branch.branch("ppo", 3))
     ppo(branch)
-    gc.collect()
     folder = branch.branch("ppo", 3)
     rows = read_table(folder / "rl_training.parquet", "rl_training")
     doctor = read_table(folder / "doctor.parquet", "doctor")
@@ -134,12 +131,10 @@ def main(root: Path) -> None:
     except UserError as error:
         found["died twice"] = str(error)
     undo()
-    gc.collect()
     found["kept"] = len(list((root / "vllm" / "scratch").rglob("cells/select/*.json")))
     found["published"] = served.output("restore").exists()
     restore(served)
     found["went on"] = answers(plain, "restore") == answers(served, "restore")
-    gc.collect()
     found["ppo"] = train(served)
     print(json.dumps(found))
 

@@ -102,6 +102,9 @@ class ServerEngine:
         self._known = self._score()
         return self._known
 
+    def close(self) -> None:
+        """Nothing to stop: the server runs for others, too."""
+
     def _score(self) -> list[float]:
         short, long, followers = self._sentinels
         greedy = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True}

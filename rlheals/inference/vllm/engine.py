@@ -109,7 +109,10 @@ class VllmEngine:
         return self._known
 
     def close(self) -> None:
-        """Stop the engine and give its memory back; happens by itself when nothing holds the engine any more."""
+        """Stop the engine and give its memory back.
+
+        What vLLM keeps of the frames that started it may hold the engine, so this is not left to the garbage collector.
+        """
         self._llm = None
         self._stop()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import sys
@@ -41,8 +40,6 @@ def start(folder: Path, config: Any, settings: VllmSettings, context: int) -> An
         UserError: vLLM is missing or of another release, does not serve the model, or does not start; another engine
             runs in this process.
     """
-    if _running:
-        gc.collect()  # what nothing holds any more stops itself
     if _running:
         # Stopping one ends the process groups that all share, and the others could not answer any more.
         raise UserError("a vLLM engine runs in this process already; swap weights in it, or close() it first.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def train_branch(run: BranchRun) -> Curves:
     trainer = Trainer(run)
     done, curves = load_state(trainer.accelerator, run.scratch, trainer.identity)
     bar = Progress(run.label, run.updates, "update", start=done) if trainer.accelerator.is_main_process else None
-    with disk_errors(run.scratch):
+    with disk_errors(run.scratch), closing(trainer.engine):
         for update in range(done, run.updates):
             row, advantages = trainer.update(update)
             curves.training.append(row)
