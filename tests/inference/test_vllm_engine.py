@@ -131,7 +131,7 @@ def test_an_engine_that_dies_is_started_once_more_with_the_weights_it_had(
 
 
 def test_prompts_that_cannot_be_answered_are_told(found: dict[str, Any]) -> None:
-    assert "has 1024 tokens, which leaves no room in the model's context of 1024" in found["too long"]
+    assert "has 1024 tokens, which leaves no room in the context of 1024" in found["too long"]
     assert "prompt 0 is empty" in found["empty"]
     assert found["nothing"] == []
 
