@@ -50,7 +50,7 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
             path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     check_finite(model.state_dict(), str(path))
-    model.generation_config = generation  # the library ignores a file that it cannot read
+    model.generation_config = generation  # the library's own has nothing of a composite config's text model
     return model.to(device).eval()
 
 

@@ -17,6 +17,7 @@ from rlheals.inference.choose import penalise
 from rlheals.inference.server import ServerEngine
 from rlheals.inference.stops import decode, first_stop, generation_config, just_stopped, make_answers, stop_tokens
 from rlheals.inference.transformers_engine import TransformersEngine
+from rlheals.models import checkpoint
 from rlheals.models.checkpoint import load_model
 from tests.common import make_folder, make_model, make_params, make_tokenizer
 from tests.fake_server import running
@@ -126,9 +127,7 @@ def test_without_a_generation_config_the_config_counts_as_for_hugging_face(tmp_p
     (folder / "config.json").write_text(json.dumps(config | written))
     expected = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).generation_config
     assert generation_config(folder) == expected == load_model(folder).generation_config
-    assert generation_config(folder).eos_token_id == written.get(
-        "eos_token_id", 3 if "eos_token_id" not in written else None
-    )
+    assert generation_config(folder).eos_token_id == written.get("eos_token_id", 3)
     del config["eos_token_id"]  # of the config class there is a default, which is not the model's
     (folder / "config.json").write_text(json.dumps(config))
     assert stop_tokens(generation_config(folder), tokenizer("llama")) == {tokenizer("llama").eos_token_id}
@@ -146,6 +145,12 @@ def test_all_engines_end_responses_with_the_same_tokens(tmp_path: Any) -> None:
     assert isinstance(here, TransformersEngine)
     # vLLM's engine asks the same function.
     assert here.stop_tokens == server.stop_tokens == stop_tokens(generation_config(folder), here.tokenizer) == {3, 9}
+
+
+def test_a_loaded_model_has_the_generation_config_that_is_told(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = GenerationConfig(eos_token_id=[5, 6])
+    monkeypatch.setattr(checkpoint, "generation_config", lambda path: told)
+    assert load_model(make_folder(tmp_path / "m")).generation_config is told
 
 
 def test_a_composite_config_may_name_end_tokens_for_its_text_model(tmp_path: Any) -> None:
