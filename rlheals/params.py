@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rlheals.errors import UserError
+from rlheals.inference.engine import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 
 PARAMS_FILE = Path("params.yaml")
 # Strict, so that true is no number; a strict float still takes the integers that YAML gives for 1 or 5.
@@ -33,7 +35,25 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Integer, Field(gt=0)]
 Count = Annotated[Integer, Field(ge=0)]
 Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
+NucleusShare = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+def _all_engines_take(temperature: float) -> float:
+    """The temperature, where every engine samples at it; see `rlheals.inference.engine.Sampling`."""
+    if temperature != 0 and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(f"must be 0, which is greedy, or from {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}")
+    return temperature
+
+
+def _can_be_told(stop: str) -> str:
+    if "\N{REPLACEMENT CHARACTER}" in stop:
+        raise ValueError("holds U+FFFD, which stands for every character that is not finished yet; take it out")
+    return stop
+
+
+Temperature = Annotated[Nonnegative, AfterValidator(_all_engines_take)]
+StopString = Annotated[str, Field(min_length=1), AfterValidator(_can_be_told)]
 
 
 class Block(BaseModel):
@@ -175,11 +195,11 @@ class Inference(Block):
     tensor_parallel: Positive
     memory_fraction: Annotated[Number, Field(gt=0, lt=1)]
     sampling: Literal["explicit", "model"]
-    temperature: Nonnegative
-    top_p: Annotated[Number, Field(gt=0, le=1)]
+    temperature: Temperature
+    top_p: NucleusShare
     top_k: Count
     repetition_penalty: Rate
-    stop: list[Annotated[str, Field(min_length=1)]]
+    stop: list[StopString]
 
     @field_validator("engine")
     @classmethod

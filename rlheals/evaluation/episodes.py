@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlheals.errors import UserError
+from rlheals.inference.prompts import LARGER_CONTEXT
 from rlheals.tasks.core import Turn
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _check_first_turn(chats: Sequence[Sequence[int]], sampling: Sampling, contex
     if longest + sampling.max_new_tokens > context:
         raise UserError(
             f"a first prompt of {longest} tokens and a response of up to {sampling.max_new_tokens} do not fit into the "
-            f"model's context of {context}; use a model with a larger max_position_embeddings."
+            f"context of {context}; {LARGER_CONTEXT}."
         )
 
 

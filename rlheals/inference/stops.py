@@ -6,21 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.inference.engine import Answer
+from rlheals.models.checkpoint import generation_config as generation_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
-
-GENERATION_CONFIG = "generation_config.json"
-
-
-def generation_config(folder: Path) -> Any:
-    """The generation config of a model folder; an empty one where it has none."""
-    from transformers import GenerationConfig
-
-    if not (folder / GENERATION_CONFIG).is_file():
-        return GenerationConfig()
-    return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def stop_tokens(generation_config: Any, tokenizer: Any) -> set[int]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOATING = {"F64", "F32", "F16", "BF16"}
 REPAIR = "copy it again from its source, or delete it and run the stage that writes it"
@@ -36,17 +37,20 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
 
     Raises:
         UserError: no config; pickled, truncated or corrupted weights; a tensor missing, unexpected or of another
-            shape than the config says; NaN or infinite weights; a digest that differs from a manifest's.
+            shape than the config says; NaN or infinite weights; a digest that differs from a manifest's; a generation
+            config that cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
     check_digests(path)
     check_state(read_shapes(path), skeleton(path), str(path))
+    generation = generation_config(path)
     with quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     check_finite(model.state_dict(), str(path))
+    model.generation_config = generation  # the library's own has nothing of a composite config's text model
     return model.to(device).eval()
 
 
@@ -69,6 +73,39 @@ def load_tokenizer(path: Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is always masked, so any token serves
     return tokenizer
+
+
+def generation_file(path: Path) -> Path:
+    """The file that holds the generation config of folder ``path``."""
+    file = path / GENERATION_CONFIG
+    return file if file.is_file() else path / CONFIG
+
+
+def generation_config(path: Path) -> Any:
+    """How the model in folder ``path`` is sampled and which tokens end its responses, by its own files.
+
+    Without ``generation_config.json`` these are what ``config.json`` says of it, or the part on the text model, as
+    Hugging Face does. What the file says is taken, not what a config class fills in.
+
+    Raises:
+        UserError: the file cannot be read, or the end tokens it names are no token ids.
+    """
+    from transformers import GenerationConfig
+
+    file = generation_file(path)
+    content = read_json(file)
+    try:
+        if file.name == CONFIG:
+            config = GenerationConfig.from_model_config(content)
+        else:
+            config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the library raises many types for a bad file
+        raise UserError(f"{file} holds no readable generation settings ({first_line(error)}); {REPAIR}.") from error
+    end = config.eos_token_id
+    tokens = end if isinstance(end, list) else [] if end is None else [end]
+    if not all(type(token) is int and token >= 0 for token in tokens):
+        raise UserError(f"{file}: eos_token_id is {end!r}, which is no token id and no list of such; correct it.")
+    return config
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from rlheals import __version__
 from rlheals.errors import UserError, disk_errors
-from rlheals.models.checkpoint import CONFIG, read_json
+from rlheals.models.checkpoint import CONFIG, GENERATION_CONFIG, generation_config, read_json
 from rlheals.models.mllama import EMBEDDING, Extraction, check_family, plan_extraction
 from rlheals.models.topology import read_topology
 from rlheals.progress import Progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LAYERS = "layers.json"
 # What a text model needs beside weights and config; processors of images and training state stay behind.
 _COPIED = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -104,6 +104,8 @@ def extract_text(model: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Extr
     with Weights(model) as source, TemporaryDirectory(prefix="rlheals-") as beside:
         plan = plan_extraction(source.config, source.shapes, str(model))
         plan.config["dtype"] = source.dtypes[plan.sources[EMBEDDING]]
+        # Where no file is there to be copied, config.json alone says which tokens end a response.
+        plan.config["eos_token_id"] = generation_config(model).eos_token_id
         with disk_errors(Path(beside)):
             _gather(model, Path(beside), plan)
         _hash(source)

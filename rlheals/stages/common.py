@@ -81,6 +81,17 @@ class Run:
         name = f"{self.params.profile}-{self.model}-{self.seed}-{branch}{digest}"
         return self.root / "scratch" / stage / name
 
+    def answering(self, engine: str | None = None) -> list[Any]:
+        """What decides answers beside weights and prompts, for `scratch`: the model's block, and what answers how.
+
+        Args:
+            engine: what answers, where that is not ``inference.engine``.
+        """
+        from rlheals.inference.vllm.checks import installed
+
+        inference = self.params.inference
+        return [self.spec, inference, installed() if (engine or inference.engine) == "vllm" else None]
+
     def columns(self) -> dict[str, Any]:
         """The columns every table starts with."""
         return {"profile": self.params.profile, "model": self.model, "seed": self.seed}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rlheals.inference import Engine
+    from rlheals.params import Params
     from rlheals.training.ppo.settings import PpoSettings
     from rlheals.training.ppo.state import Curves
     from rlheals.training.ppo.trainer import BranchRun
@@ -42,7 +43,13 @@ def ppo(run: Run) -> None:
     asked = params.ppo
     decides = [asked.updates, asked.episodes, asked.attempts, asked.checkpoints, asked.rollouts]
     scratch = run.scratch(
-        "ppo", decides, settings.model_dump(), params.task, params.inference, params.compute, run.spec, inputs
+        "ppo",
+        decides,
+        settings.model_dump(),
+        params.task,
+        run.answering(rollout_engine(params)),
+        params.compute,
+        inputs,
     )
     identity = {"parent": str(parent), "parent_sha256": inputs["parent"], "settings": settings.model_dump()}
     branch = make_branch(run, settings, scratch, identity)
@@ -152,6 +159,11 @@ ROLLOUT_MEMORY = 0.3
 """Share of the GPU for an engine beside the model in training."""
 
 
+def rollout_engine(params: Params) -> str:
+    """Name of the engine that plays the episodes."""
+    return "vllm" if params.ppo.rollouts == "vllm" else params.inference.engine
+
+
 def engine_around(run: Run, parent: Path, model: Any, tokenizer: Any) -> Engine:
     """Who plays the episodes: the model in training itself, or a copy that gets its weights before every update.
 
@@ -165,7 +177,7 @@ def engine_around(run: Run, parent: Path, model: Any, tokenizer: Any) -> Engine:
     from rlheals.inference.transformers_engine import TransformersEngine
 
     inference = run.params.inference
-    name = "vllm" if run.params.ppo.rollouts == "vllm" else inference.engine
+    name = rollout_engine(run.params)
     if name == TransformersEngine.name:
         return TransformersEngine(model, tokenizer, inference.batch_size, str(model.device))
     memory = min(ROLLOUT_MEMORY, inference.memory_fraction)

@@ -43,7 +43,7 @@ def probe_rl(run: Run) -> None:
     branches = declared_branches(run)
     inputs += [verify(run.branch(*branch)) for branch in branches]
     collected = {name: collect(run, branches, name) for name in COLLECTED}
-    blocks = (params.probe_rl, params.ppo.checkpoints, params.inference, params.task, params.compute)
+    blocks = (params.probe_rl, params.ppo.checkpoints, run.answering(), params.task, params.compute)
     scratch = run.scratch("probe_rl", *blocks, params.sft.ood_loss_target, inputs)
     hands = read_table(dataset / "probes.parquet", "probes").filter(pl.col("split") == "confirm")
     before = read_table(ladder / "answers.parquet", "answers")

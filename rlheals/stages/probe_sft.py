@@ -33,7 +33,7 @@ def probe_sft(run: Run) -> None:
     dataset, ladder = run.output("dataset"), run.output("sft")
     inputs = [verify(dataset), verify(ladder)]
     params = run.params
-    scratch = run.scratch("probe_sft", params.probe_sft, params.inference, params.task, params.compute, inputs)
+    scratch = run.scratch("probe_sft", params.probe_sft, run.answering(), params.task, params.compute, inputs)
     probes = read_table(dataset / "probes.parquet", "probes")
     losses = read_table(ladder / "losses.parquet", "losses")
     answers, chosen = _play(run, ladder, probes, scratch)

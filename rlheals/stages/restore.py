@@ -41,7 +41,7 @@ def restore(run: Run) -> None:
     inputs = [verify(run.output(stage)) for stage in ("dataset", "base", "sft", "probe_sft")]
     inputs.append(verify(run.branch(params.spectra.rl_arm, params.spectra.rl_start)))
     branch = (params.spectra.rl_arm, params.spectra.rl_start, params.ppo.updates, params.ppo.starts)
-    blocks = (params.restore, *branch, params.inference, params.task, params.compute, run.spec)
+    blocks = (params.restore, *branch, run.answering(), params.task, params.compute)
     scratch = run.scratch("restore", *blocks, inputs)
     device = resolve_device(params.compute.device)
     store = FactorStore(scratch / "factors", round(params.restore.cache_gib * GIB), device)

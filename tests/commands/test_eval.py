@@ -77,7 +77,7 @@ def test_shows_a_table_and_names_the_file(model: Path, tmp_path: Path, capsys: p
     [
         (["--probe", "chess"], "use one of: general_points"),
         (["--engine", "vlm"], "is 'vlm', which is not a known engine; use one of: transformers, vllm, or the address"),
-        (["--format", "paper", "--n", "2"], "do not fit into the model's context"),
+        (["--format", "paper", "--n", "2"], "do not fit into the context"),
     ],
 )
 def test_bad_input_exits_2(model: Path, tmp_path: Path, capsys, options: list[str], expected: str) -> None:

@@ -75,7 +75,11 @@ def test_a_full_context_ends_the_episode_unsolved() -> None:
 
 
 def test_a_first_prompt_that_does_not_fit_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"first prompt of 6 tokens and a response of up to 4 do not fit .* of 9"):
+    told = (
+        r"first prompt of 6 tokens and a response of up to 4 do not fit into the context of 9; "
+        r"raise inference\.max_context if .*, or use a model with a larger max_position_embeddings"
+    )
+    with pytest.raises(UserError, match=told):
         play(lambda chat: "0", context=9)
 
 

@@ -192,6 +192,48 @@ def test_the_key_is_sent_and_never_told(start: Any, folder: Path, monkeypatch: p
     assert SECRET not in str(told.value)
 
 
+def test_a_key_that_the_server_repeats_is_never_told(start: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", SECRET)
+    fake = start(lambda fake, path, body: answer(body, finish_reason=f"for {SECRET}\n{'x' * 999}"))
+    built = engine(fake, folder)
+    odd = start(lambda fake, path, body: answer(body, logprobs={"token_logprobs": [], "top_logprobs": [{SECRET: "x"}]}))
+    others = start()
+    others.models = {"data": [{"id": f"one for {SECRET}"}, {"id": "y" * 999}]}
+    for action, expected in (
+        (lambda: built.generate([[30]], Sampling(1)), r"broke an answer off \(for \*\*\* x"),
+        (lambda: engine(odd, folder).generate([[30]], Sampling(1)), r"top_logprobs.0.\*\*\*: "),
+        (lambda: engine(others, folder), r"serves one for \*\*\*, y"),
+    ):
+        with pytest.raises(UserError, match=expected) as told:
+            action()
+        assert SECRET not in str(told.value)
+        assert len(str(told.value)) < 1000
+        assert "\n" not in str(told.value)
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("HTTP_PROXY", f"ftp://me:{SECRET}@proxy:1", "check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY"),
+        ("ALL_PROXY", "socks5://127.0.0.1:1080", "check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY"),
+        ("HTTP_PROXY", "http://proxy:notaport", "check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY"),
+        ("SSL_CERT_FILE", "/nope.pem", r"\(No such file or directory\); check SSL_CERT_FILE, SSL_CERT_DIR"),
+    ],
+)
+def test_a_bad_environment_is_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    for other in (*PROXIES, *map(str.upper, PROXIES)):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"^http://203.0.113.1:9/v1 cannot be asked: .*{expected}") as told:
+        engine("http://203.0.113.1:9", folder)
+    assert SECRET not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("cards", "expected"),
     [

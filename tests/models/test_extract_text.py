@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlheals.errors import UserError
-from rlheals.models.checkpoint import load_model, load_tokenizer, quiet_bars
+from rlheals.models.checkpoint import generation_config, load_model, load_tokenizer, quiet_bars
 from rlheals.models.extract_text import extract_text
 from rlheals.models.mllama import plan_extraction
 from rlheals.publish import verify
@@ -149,6 +149,28 @@ def test_the_folder_says_where_it_comes_from(source: Path, tmp_path: Path) -> No
     assert {"generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE.txt"} <= names
     assert "preprocessor_config.json" not in names
     assert set(verify(out)) == names - {"manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "expected"),
+    [({}, [1, 3], [1, 3]), ({"eos_token_id": 4}, [1, 3], 4), ({}, None, None)],
+)
+def test_end_tokens_are_the_source_s_without_a_generation_config(
+    source: Path, tmp_path: Path, outer: dict[str, Any], inner: Any, expected: Any
+) -> None:
+    def name_end_tokens(config: dict[str, Any]) -> None:
+        config.pop("eos_token_id", None)
+        config.update(outer)
+        config["text_config"].pop("eos_token_id", None)
+        config["text_config"].update({} if inner is None else {"eos_token_id": inner})
+
+    (source / "generation_config.json").unlink()
+    edit_config(source, name_end_tokens)
+    extract_text(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    assert generation_config(source).eos_token_id == expected
+    assert generation_config(tmp_path / "out").eos_token_id == expected
+    assert load_model(tmp_path / "out").generation_config.eos_token_id == expected
 
 
 def test_sharded_folders_in_and_out(mllama: Any, source: Path, tmp_path: Path) -> None:

@@ -43,6 +43,32 @@ def test_another_device_is_another_scratch(monkeypatch: pytest.MonkeyPatch) -> N
     assert scratch() != before
 
 
+@pytest.mark.parametrize(
+    ("override", "changes"),
+    [
+        ("model.tiny.dtype=bfloat16", True),
+        ("model.tiny.prompt_format=paper", True),
+        ("inference.engine=vllm", True),
+        ("inference.temperature=0.5", True),
+        ("report.title=x", False),
+    ],
+)
+def test_answers_are_not_taken_from_a_model_or_engine_asked_otherwise(override: str, changes: bool) -> None:
+    first, second = (Run(make_params("compute.device=cpu", *more), "tiny", 0) for more in ((), (override,)))
+    assert (first.scratch("probe", first.answering()) != second.scratch("probe", second.answering())) == changes
+
+
+def test_another_vllm_is_another_scratch_where_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(release: str, engine: str, other: str | None = None) -> Path:
+        monkeypatch.setattr("rlheals.inference.vllm.checks.installed", lambda: ("vllm", release))
+        run = Run(make_params("compute.device=cpu", f"inference.engine={engine}"), "tiny", 0)
+        return run.scratch("probe", run.answering(other))
+
+    assert both("0.31.0", "vllm") != both("0.31.1", "vllm")
+    assert both("0.31.0", "transformers") == both("0.31.1", "transformers")
+    assert both("0.31.0", "transformers", "vllm") != both("0.31.1", "transformers", "vllm")
+
+
 def package(root: Path, **modules: str) -> Path:
     for name, text in modules.items():
         path = root / f"{name.replace('__', '/')}.py"

@@ -36,11 +36,14 @@ class Client:
 
     Nothing is sent anywhere but to the address: redirects are not followed, and proxies of the environment are left
     out for this machine's own servers.
+
+    Raises:
+        UserError: the certificates that the environment names cannot be read.
     """
 
     def __init__(self, address: Address, connections: int) -> None:
         self.address, self.connections = address, connections
-        self._ssl = httpx.create_ssl_context()
+        self._ssl = self._certificates()
 
     def get(self, path: str, read: Callable[[bytes], Result]) -> Result:
         """What ``read`` makes of the reply to ``GET path``.
@@ -80,16 +83,31 @@ class Client:
             raise group.exceptions[0] from None
         return [results[place] for place in range(len(requests))]
 
+    def _certificates(self) -> ssl.SSLContext:
+        try:
+            return httpx.create_ssl_context()
+        except OSError as error:
+            raise UserError(
+                f"{self.address.url} cannot be asked: the certificates that the environment names cannot be read "
+                f"({error.strerror or type(error).__name__}); check SSL_CERT_FILE, SSL_CERT_DIR and SSLKEYLOGFILE."
+            ) from error
+
     def _open(self) -> httpx.AsyncClient:
         key = self.address.key
-        return httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(READ, connect=CONNECT, pool=None),
-            limits=httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections),
-            verify=self._ssl,
-            trust_env=not self.address.loopback,
-            follow_redirects=False,
-        )
+        try:
+            return httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(READ, connect=CONNECT, pool=None),
+                limits=httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections),
+                verify=self._ssl,
+                trust_env=not self.address.loopback,
+                follow_redirects=False,
+            )
+        except (ValueError, ImportError, httpx.InvalidURL) as error:  # not shown: a proxy may hold a password
+            raise UserError(
+                f"{self.address.url} cannot be asked: the environment names a proxy that is no address of an http "
+                "proxy; check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY."
+            ) from error
 
     async def _patiently(self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None) -> bytes:
         """The content of a good reply, after a few more tries where a failure may pass."""
@@ -100,7 +118,8 @@ class Client:
             except httpx.RequestError as error:
                 # After a time-out the server may still be at work on the request; another would only add to it.
                 if wait is None or isinstance(error, httpx.ReadTimeout) or not _may_pass(error):
-                    raise UserError(f"{self.address.url} {_told(error)}; {_advice(error)}.") from error
+                    told = self._without_key(_told(error))
+                    raise UserError(f"{self.address.url} {told}; {_advice(error)}.") from error
             else:
                 if response.status_code == httpx.codes.OK:
                     return response.content
@@ -121,10 +140,10 @@ class Client:
         if response.is_redirect:
             host = response.headers.get("location", "")
             return UserError(
-                f"{where} sends elsewhere ({status}, to {self._clean(host) or 'nowhere'}), which is not followed; "
+                f"{where} sends elsewhere ({status}, to {self.clean(host) or 'nowhere'}), which is not followed; "
                 "write the address of the server itself as inference.engine."
             )
-        said = self._clean(_message(response))
+        said = self.clean(_message(response))
         if status == httpx.codes.NOT_FOUND:
             return UserError(
                 f"{where} has no {path} ({said or status}); inference.engine must be the address of an "
@@ -140,10 +159,12 @@ class Client:
             "model asked for and is a server of vLLM (`vllm serve`), whose extensions of the protocol are needed."
         )
 
-    def _clean(self, text: str) -> str:
-        """One line of what a server said, without the key it may repeat."""
-        line = " ".join(text.split())
-        return (line.replace(self.address.key, "***") if self.address.key else line)[:SHOWN]
+    def clean(self, text: str) -> str:
+        """One short line of what a server said, without the key it may repeat."""
+        return self._without_key(" ".join(text.split()))[:SHOWN]
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.address.key, "***") if self.address.key else text
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -200,4 +221,4 @@ def _message(response: httpx.Response) -> str:
     with contextlib.suppress(ValueError, TypeError, KeyError):
         content = json.loads(response.content)
         return str((content.get("error") or content)["message"]) if isinstance(content, dict) else ""
-    return response.text[: 4 * SHOWN] if "html" not in response.headers.get("content-type", "") else ""
+    return response.text if "html" not in response.headers.get("content-type", "") else ""

@@ -52,8 +52,9 @@ class ServerEngine:
         server = address_of(address)
         self.address = server.url
         self._client = Client(server, max_sequences)
-        cards = self._client.get("/models", lambda content: parse(Cards, content, self.address)).data
-        card = choose_card(cards, str(folder), folder.resolve().name, self.address)
+        clean = self._client.clean
+        cards = self._client.get("/models", lambda content: parse(Cards, content, self.address, clean)).data
+        card = choose_card(cards, str(folder), folder.resolve().name, self.address, clean)
         self.model = card.id
         self.server_context = card.max_model_len or self.context
         self._known: list[float] | None = None
@@ -166,7 +167,7 @@ class ServerEngine:
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[Choice]:
         def read(place: int, content: bytes) -> Choice:
-            choice = parse(Completion, content, self.address).choices[0]
+            choice = parse(Completion, content, self.address, self._client.clean).choices[0]
             self._check(choice, bodies[place])
             return choice
 
@@ -187,8 +188,9 @@ class ServerEngine:
                 "that change or cut prompts."
             )
         if choice.finish_reason not in ("stop", "length"):
+            reason = self._client.clean(choice.finish_reason or "no reason given")
             raise UserError(
-                f"{self.address} broke an answer off ({choice.finish_reason}); look at the server's log, start it "
+                f"{self.address} broke an answer off ({reason}); look at the server's log, start it "
                 "again if it died, and run the same command again."
             )
         stopped = choice.finish_reason == "stop" and (body.get("stop") or (tokens and tokens[-1] in self.stop_tokens))

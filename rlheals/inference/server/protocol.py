@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from rlheals.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Card(BaseModel):
@@ -56,8 +59,14 @@ class Completion(BaseModel):
 Reply = TypeVar("Reply", bound=BaseModel)
 
 
-def parse(kind: type[Reply], content: bytes, where: str) -> Reply:
+def parse(kind: type[Reply], content: bytes, where: str, clean: Callable[[str], str]) -> Reply:
     """Read a reply.
+
+    Args:
+        kind: what it should be.
+        content: of the reply.
+        where: address of the server.
+        clean: makes text of the server fit to be shown.
 
     Raises:
         UserError: it is something else.
@@ -66,14 +75,14 @@ def parse(kind: type[Reply], content: bytes, where: str) -> Reply:
         return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
+        place = clean(".".join(map(str, first["loc"]))) or "the whole"
         raise UserError(
             f"{where} answers with something else than the OpenAI protocol has ({place}: {first['msg'].lower()}); "
             "check that inference.engine is the address of an OpenAI-compatible API, usually http://host:8000/v1."
         ) from error
 
 
-def choose_card(cards: list[Card], folder: str, name: str, where: str) -> Card:
+def choose_card(cards: list[Card], folder: str, name: str, where: str, clean: Callable[[str], str]) -> Card:
     """The one base model that is served, or else the one whose id or root is the folder or has its name.
 
     Args:
@@ -81,6 +90,7 @@ def choose_card(cards: list[Card], folder: str, name: str, where: str) -> Card:
         folder: the model's folder on this machine.
         name: last part of that folder's path.
         where: address of the server.
+        clean: makes text of the server fit to be shown.
 
     Raises:
         UserError: none is, or several are.
@@ -92,7 +102,7 @@ def choose_card(cards: list[Card], folder: str, name: str, where: str) -> Card:
         found = [card for card in base if wanted in (part(card.id), part(card.root or ""))]
         if len({card.root or card.id for card in found}) == 1:
             return found[0]
-    served = ", ".join(card.id for card in base) or "no model"
+    served = clean(", ".join(card.id for card in base)) or "no model"
     raise UserError(
         f"{where} serves {served}, and which of them is {folder} cannot be told; serve that folder alone, or under the "
         f"name {name} (`vllm serve FOLDER --served-model-name {name}`)."

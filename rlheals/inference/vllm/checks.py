@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from rlheals.errors import UserError
 from rlheals.inference.vllm.settings import VllmSettings, head_size
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SUPPORTED = "0.31"
 """Release whose ways of swapping weights are tested here."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What the CPU attention of that release is compiled for; others start and fail at the first prompt."""
 ELSE = "or set inference.engine: transformers"
+REGISTRY = Path("model_executor", "models", "registry.py")
+"""Where vLLM lists the architectures it serves, in its package."""
 MLLAMA = ("mllama", "mllama_text_model")
 
 
@@ -63,12 +65,6 @@ def check_model(folder: Path, config: Any, settings: VllmSettings) -> None:
             f"{folder} is a {config.model_type} model, which vLLM {SUPPORTED} does not serve; extract its text model "
             f"with `rlheals extract-text {folder} OUT` and name OUT as model.<name>.source, {ELSE}."
         )
-    size = head_size(config.get_text_config())
-    if settings.device == "cpu" and size not in CPU_HEAD_SIZES:
-        raise UserError(
-            f"{folder} has attention heads of size {size}, and vLLM on a CPU takes only "
-            f"{', '.join(map(str, CPU_HEAD_SIZES))}; use other numbers of heads, {ELSE}."
-        )
     from vllm.model_executor.models import ModelRegistry
 
     architectures = list(config.architectures or [])
@@ -78,3 +74,35 @@ def check_model(folder: Path, config: Any, settings: VllmSettings) -> None:
             f"{folder} is of the architecture {', '.join(architectures) or 'that its config does not name'}, which "
             f"vLLM {SUPPORTED} does not serve; use a model of another architecture, {ELSE}."
         )
+    # After the architecture, since those that vLLM does not serve may have no heads at all.
+    size = head_size(config.get_text_config())
+    if settings.device == "cpu" and size not in CPU_HEAD_SIZES:
+        raise UserError(
+            f"{folder} has attention heads of size {size}, and vLLM on a CPU takes only "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}; use other numbers of heads, {ELSE}."
+        )
+
+
+def listed_architectures() -> frozenset[str]:
+    """What the installed vLLM serves; empty where that cannot be told.
+
+    It is read from the text of its registry, because importing that takes seconds.
+    """
+    found = find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return frozenset()
+    file = Path(found.submodule_search_locations[0]) / REGISTRY
+    try:
+        body = ast.parse(file.read_text()).body
+    except (OSError, SyntaxError):
+        return frozenset()
+    tables = {
+        statement.targets[0].id: statement.value
+        for statement in body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.targets[0], ast.Name)
+        and isinstance(statement.value, ast.Dict)
+    }
+    whole = tables.get("_VLLM_MODELS", ast.Dict([], []))
+    parts = [tables[part.id] for part in whole.values if isinstance(part, ast.Name) and part.id in tables]
+    return frozenset(str(key.value) for part in parts for key in part.keys if isinstance(key, ast.Constant))

@@ -111,7 +111,8 @@ def cache_bytes_of_one(config: Any, context: int, element: int) -> int:
     """Bytes of keys and values of one conversation of ``context`` tokens, in whole blocks."""
     text = config.get_text_config()
     blocks = -(-context // CPU_BLOCK)
-    width = int(text.num_key_value_heads) * head_size(text)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads  # older configs have one number
+    width = int(heads) * head_size(text)
     return 2 * int(text.num_hidden_layers) * width * element * blocks * CPU_BLOCK
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlheals.errors import UserError
+from rlheals.inference.prompts import LARGER_CONTEXT
 from rlheals.inference.seeds import counter_seed
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _check_first_turn(games: Sequence[_Game], settings: RolloutSettings) -> None
     if longest + settings.sampling.max_new_tokens > settings.context:
         raise UserError(
             f"a first prompt of {longest} tokens and a response of up to {settings.sampling.max_new_tokens} do not fit "
-            f"into the model's context of {settings.context}; use a model with a larger max_position_embeddings."
+            f"into the context of {settings.context}; {LARGER_CONTEXT}."
         )
 
 

@@ -140,7 +140,7 @@ def test_an_episode_without_room_ends_with_the_prompt_that_could_not_be_answered
     assert cut.token_ids == whole.token_ids[:after]
     # Where not even the prompt fits there is nothing to take a value of.
     assert (len(hard.turns), hard.truncated, len(hard.token_ids)) == (1, False, prompt + 2)
-    with pytest.raises(UserError, match="do not fit into the model's context"):
+    with pytest.raises(UserError, match=r"do not fit into the context of .* raise inference\.max_context"):
         play(script, context=prompt + 2)
 
 
