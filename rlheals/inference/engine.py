@@ -47,11 +47,13 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that engines would not all sample at.
+        """Refuse what engines would not all do.
 
         Raises:
-            UserError: it is one.
+            UserError: the temperature is one that some change, or no token is asked for.
         """
+        if self.max_new_tokens < 1:
+            raise UserError(f"{self.max_new_tokens} new tokens are asked for; ask for 1 or more.")
         if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
             raise UserError(
                 f"the sampling temperature is {self.temperature:g}, which not every engine takes as it is; set "

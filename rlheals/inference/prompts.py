@@ -16,11 +16,16 @@ LARGER_CONTEXT = (
 """What to do where the shorter of both contexts is too short."""
 
 
-def check_prompts(token_ids: Sequence[Sequence[int]], context: int) -> None:
-    """Make sure that every prompt has tokens and leaves room for an answer.
+def check_prompts(token_ids: Sequence[Sequence[int]], context: int, vocabulary: int) -> None:
+    """Make sure that every prompt has tokens, all of them the model's, and leaves room for an answer.
+
+    Args:
+        token_ids: prompts.
+        context: longest conversation in tokens.
+        vocabulary: rows of the model's embedding.
 
     Raises:
-        UserError: one does not.
+        UserError: one is not so.
     """
     for row, prompt in enumerate(token_ids):
         if not prompt:
@@ -29,4 +34,9 @@ def check_prompts(token_ids: Sequence[Sequence[int]], context: int) -> None:
             raise UserError(
                 f"prompt {row} has {len(prompt)} tokens, which leaves no room in the context of {context}; "
                 f"shorten it, {LARGER_CONTEXT}."
+            )
+        if not (min(prompt) >= 0 and max(prompt) < vocabulary):
+            raise UserError(
+                f"prompt {row} holds token ids outside the model's vocabulary of {vocabulary}; use the tokenizer that "
+                "belongs to the model."
             )

@@ -42,6 +42,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.context = context_of(model.config)
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.stop_tokens = stop_tokens(model.generation_config, tokenizer)
 
     def generate(self, token_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
@@ -52,7 +53,7 @@ class TransformersEngine:
         Raises:
             UserError: a prompt is empty or leaves no room in the model's context.
         """
-        check_prompts(token_ids, self.context)
+        check_prompts(token_ids, self.context, self._vocabulary)
         order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), self.batch_size):

@@ -99,6 +99,11 @@ def test_a_prompt_near_the_end_of_the_context_gets_what_fits() -> None:
         built.generate([[5], [6] * 20], Sampling(1))
     with pytest.raises(UserError, match="prompt 0 is empty"):
         built.generate([[]], Sampling(1))
+    for token in (-1, len(tokenizer)):
+        with pytest.raises(UserError, match=r"prompt 1 holds token ids outside the model's vocabulary"):
+            built.generate([[5], [5, token]], Sampling(4))
+    with pytest.raises(UserError, match="ask for 1 or more"):
+        Sampling(0)
 
 
 def test_no_prompts_no_answers() -> None:

@@ -140,6 +140,7 @@ def test_a_second_engine_in_one_process_is_refused_and_the_first_goes_on(llama: 
 def test_prompts_that_cannot_be_answered_are_told(found: dict[str, Any]) -> None:
     assert "has 1024 tokens, which leaves no room in the context of 1024" in found["too long"]
     assert "prompt 0 is empty" in found["empty"]
+    assert "outside the model's vocabulary" in found["foreign"]
     assert found["nothing"] == []
 
 

@@ -286,6 +286,7 @@ def report(family: str, folders: Sequence[Path]) -> dict[str, Any]:
         "later turns": later_turns(vllm, asked),
         "too long": told(lambda: vllm.generate([[5] * vllm.context], Sampling(4))),
         "empty": told(lambda: vllm.generate([[]], Sampling(4))),
+        "foreign": told(lambda: vllm.generate([[vocabulary]], Sampling(4))),
         "nothing": vllm.generate([], Sampling(4)),
     }
     if family == "llama":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.inference.engine import Answer, Capabilities, Sampling
-from rlheals.inference.fingerprint import ROUNDING, context_of, gap, sentinels
+from rlheals.inference.fingerprint import context_of, gap, rounding, sentinels
 from rlheals.inference.prompts import check_prompts
 from rlheals.inference.seeds import counter_seed
 from rlheals.inference.server.address import address_of
@@ -48,7 +48,8 @@ class ServerEngine:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         self.context = context_of(config)
         self.stop_tokens = stop_tokens(generation_config(folder), tokenizer)
-        self._sentinels = sentinels(config.get_text_config().vocab_size, self.context)
+        self._vocabulary = config.get_text_config().vocab_size
+        self._sentinels = sentinels(self._vocabulary, self.context)
         server = address_of(address)
         self.address = server.url
         self._client = Client(server, max_sequences)
@@ -69,7 +70,7 @@ class ServerEngine:
                 server cannot be reached, refuses, cuts answers short, does not give token ids, or has other weights
                 than at the last `fingerprint`.
         """
-        check_prompts(token_ids, self.context)
+        check_prompts(token_ids, self.context, self._vocabulary)
         if not token_ids:
             return []
         bodies = [self._asked(row, list(prompt), sampling) for row, prompt in enumerate(token_ids)]
@@ -124,7 +125,7 @@ class ServerEngine:
         if self._known is None:
             return
         off = gap(self._score(), self._known)
-        if not off < ROUNDING["bfloat16"]:  # in that type, what shares a batch moves log-probabilities a little
+        if not off < rounding(self._known, "bfloat16") / 2:  # what shares a batch moves log-probabilities a little
             raise UserError(
                 f"{self.address} has other weights than it had before (sentinel log-probabilities moved by {off:.3g} "
                 f"on average); start it with {self.folder} again, leave it alone, and run the same command again."

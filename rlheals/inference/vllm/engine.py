@@ -55,7 +55,8 @@ class VllmEngine:
         self.config = self._skeleton.config
         self.context = min(settings.max_context, context_of(self.config))
         self.stop_tokens = stop_tokens(generation_config(folder), tokenizer)
-        self._sentinels = sentinels(self.config.get_text_config().vocab_size, context_of(self.config))
+        self._vocabulary = self.config.get_text_config().vocab_size
+        self._sentinels = sentinels(self._vocabulary, context_of(self.config))
         self._start()
         self._state: Mapping[str, Tensor] | None = None
         self._known: list[float] | None = None
@@ -69,7 +70,7 @@ class VllmEngine:
         Raises:
             UserError: a prompt is empty or leaves no room in the context, or the engine died twice.
         """
-        check_prompts(token_ids, self.context)
+        check_prompts(token_ids, self.context, self._vocabulary)
         if not token_ids:
             return []
         prompts = dict(enumerate(map(list, token_ids)))

@@ -117,5 +117,6 @@ def cache_bytes_of_one(config: Any, context: int, element: int) -> int:
 
 
 def head_size(text: Any) -> int:
-    """Width of an attention head of a text model's config."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    """Width of an attention head of a text model's config; 0 where it has none."""
+    heads = getattr(text, "num_attention_heads", None)
+    return int(getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlheals.errors import UserError
+from rlheals.inference.engine import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from rlheals.params import PARAMS_FILE, Beta, Count, Nonnegative, Number, Positive, Probability, Rate, Seed
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ Arm = Literal["ppo", "reward_only", "kl_only", "reinforce", "grpo"]
 Ratio = Literal["turn", "token"]
 Above1 = Annotated[Number, Field(gt=1)]
 Share = Annotated[Number, Field(gt=0, le=1)]
+SampledTemperature = Annotated[Number, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)]
 
 
 class PpoSettings(BaseModel):
@@ -25,7 +27,7 @@ class PpoSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
-    temperature: Rate
+    temperature: SampledTemperature
     """Of sampling; log-probabilities, entropy and KL are those of the distribution at this temperature."""
     top_p: Share
     top_k: Count
