@@ -20,7 +20,7 @@ SameTensors = Annotated[
         "--same-tensors-only", help="Accept another model as long as the tensors that the patch changes are the same."
     ),
 ]
-OutFolder = Annotated[Path, typer.Option("--out", help="New folder.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="New folder; an earlier output of rlheals there is replaced.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -54,7 +54,10 @@ def restore(
     official: Annotated[
         bool, typer.Option("--official", help="Exactly as the scripts released with the paper do.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="New folder for the edited model.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the edited model; an earlier output of rlheals there is replaced."),
+    ] = None,
     patch: Annotated[Path | None, typer.Option(help="File for the change alone.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would change.")] = False,
     shard_gb: Annotated[float, typer.Option(min=0.0001, help="Largest weight file, in 10^9 bytes.")] = 5.0,

@@ -258,3 +258,28 @@ def test_a_writer_that_stops_leaves_nothing(tmp_path: Path) -> None:
         assert list(patch.entries) == ["sign"]
     with PatchWriter(path) as writer:  # a patch may be replaced
         writer.finish([], Ends())
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    with PatchWriter(path) as writer:
+        writer.add("w", torch.zeros(4), torch.ones(4))
+        with pytest.raises(UserError, match=f"another run is writing {path}; wait"):
+            PatchWriter(path)
+        writer.finish([], Ends())
+        with pytest.raises(UserError, match="another run is writing"):
+            PatchWriter(path)
+    with Patch(path) as patch:
+        assert list(patch.entries) == ["w"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_next_file(tmp_path: Path) -> None:
+    (tmp_path / ".p.data").write_bytes(b"x" * 1000)
+    (tmp_path / ".p.partial").write_bytes(b"x" * 1000)
+    with PatchWriter(tmp_path / "p") as writer:
+        writer.add("w", torch.zeros(4), torch.ones(4))
+        writer.finish([], Ends())
+    with Patch(tmp_path / "p") as patch:
+        assert torch.equal(patch.apply("w", torch.zeros(4)), torch.ones(4))
+    assert list(tmp_path.iterdir()) == [tmp_path / "p"]
