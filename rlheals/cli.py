@@ -10,7 +10,7 @@ import typer
 from rlheals import __version__
 from rlheals.commands import register_all
 from rlheals.commands._shared import EPILOG
-from rlheals.errors import EXIT_BAD_INPUT, UserError
+from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,12 +44,17 @@ register_all(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a `UserError` becomes one line on standard error and exit code 2."""
+    """Run the command line; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130."""
     try:
         app(list(arguments) if arguments is not None else None, prog_name="rlheals")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
+    except SystemExit as stopped:
+        if stopped.code == EXIT_INTERRUPTED:  # typer makes it of a KeyboardInterrupt, without a word
+            below = "\n" if sys.stderr.isatty() else ""  # a progress bar
+            print(f"{below}interrupted; nothing unfinished was written", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rlheals.claim import claimed
 from rlheals.errors import UserError, disk_errors
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MANIFEST = "manifest.json"
+PARTIAL, FORMER = ".partial", ".former"
+"""Endings of the hidden folders beside a target: what becomes it, and the earlier output while it is replaced."""
 
 
 def sha256_file(path: Path) -> str:
@@ -30,37 +33,71 @@ def sha256_file(path: Path) -> str:
 def publish(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success it gets a manifest and becomes ``target`` by one rename.
 
-    Nothing appears at ``target`` when the body raises, is killed, or the disk fills up.
+    Nothing appears at ``target`` when the body raises, is killed, or the disk fills up. An earlier output there is
+    moved aside for the rename and deleted after it; the next run puts it back if a kill came in between.
 
     Raises:
-        UserError: ``target`` holds something that was not published (see `check_target`), or the files could not be
-            written.
+        UserError: ``target`` holds something that was not published (see `check_target`), another run is publishing to
+            it, or the files could not be written.
     """
     check_target(target)
-    temporary = target.with_name(f".{target.name}.partial")
-    with disk_errors(target):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    temporary, former = (target.with_name(f".{target.name}{ending}") for ending in (PARTIAL, FORMER))
+    with disk_errors(target), claimed(temporary, target, folder=True):
         try:
+            _empty(temporary)
+            _settle(target, former)
             yield temporary
             write_manifest(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+            check_target(target)  # once more, as the body may take hours
+            _replace(target, temporary, former)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _empty(directory: Path) -> None:
+    """Delete what a killed run left; the directory itself stays, because it carries the lock."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _replace(target: Path, temporary: Path, former: Path) -> None:
+    try:
+        if target.exists():
+            target.rename(former)
+        temporary.rename(target)
+    finally:
+        _settle(target, former)
+
+
+def _settle(target: Path, former: Path) -> None:
+    """Delete an output that was moved aside, or put it back where nothing took its place."""
+    if not target.exists() and former.is_dir():
+        former.rename(target)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:
     """Make sure that publishing to ``target`` would delete nothing but an earlier output.
 
     Raises:
-        UserError: ``target`` is a file, a link, or a folder with files in it that `publish` did not write.
+        UserError: ``target`` is a file, a link, a folder that `publish` did not write, or one with further files in it.
     """
     with disk_errors(target):
         if _is_free(target):
             return
+        manifest = read_manifest(target)
+        strangers = sorted(_contents(target) - {MANIFEST, *manifest}) if manifest else []
+        if manifest and not strangers:
+            return
+    if strangers:
+        raise UserError(
+            f"{target} holds {strangers[0]}, which rlheals did not write there, so it is not replaced; move that file "
+            "away or name another folder."
+        )
     raise UserError(f"{target} exists and is no output of rlheals, so it is not replaced; name another folder.")
 
 
@@ -68,17 +105,29 @@ def _is_free(target: Path) -> bool:
     if target.name in ("", ".."):  # the folder one is in cannot be renamed
         return False
     if target.is_dir() and not target.is_symlink():
-        return not any(target.iterdir()) or _is_published(target)
+        return not any(target.iterdir())
     return not target.exists() and not target.is_symlink()
 
 
-def _is_published(directory: Path) -> bool:
-    """Whether the folder has a manifest as `write_manifest` writes it; other programs use that file name, too."""
+def _contents(directory: Path) -> set[str]:
+    """Relative paths of everything below ``directory`` that is no folder, links to folders among them."""
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(directory)) for path in found}
+
+
+def read_manifest(directory: Path) -> dict[str, str]:
+    """The digests that `write_manifest` wrote, unchecked; empty for a folder without any, or for no folder.
+
+    Other programs use that file name, too.
+    """
+    if directory.name in ("", "..") or directory.is_symlink():
+        return {}
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and all(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in manifest.values())
+        return {}
+    known = isinstance(manifest, dict) and all(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in manifest.values())
+    return manifest if known else {}
 
 
 def write_manifest(directory: Path) -> None:

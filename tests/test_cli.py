@@ -63,6 +63,17 @@ def test_user_errors_are_one_line_and_exit_2(capsys: pytest.CaptureFixture[str])
     assert err == "error: there is no preset 'minni'; did you mean mini?\n"
 
 
+def test_an_interruption_is_one_line_and_exits_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlheals.profile.write_profile", interrupted)
+    code, out, err = run(capsys, "profile", "mini")
+    assert (code, out, err) == (130, "", "interrupted; nothing unfinished was written\n")
+
+
 def test_module_form_is_the_same_command() -> None:
     command = [sys.executable, "-m", "rlheals.profile", "minni"]
     output = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -55,7 +55,7 @@ def test_publishing_again_replaces_everything(tmp_path: Path) -> None:
     assert set(verify(tmp_path / "out")) == {"a"}
 
 
-@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"name": "a browser extension"}'])
+@pytest.mark.parametrize("manifest", [None, "{", "[]", "{}", '{"name": "a browser extension"}'])
 def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path, manifest: str | None) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -66,6 +66,65 @@ def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path, manifest: str |
         published(mine, a="1")
     assert (mine / "thesis").read_text() == "x"
     assert list(tmp_path.iterdir()) == [mine]
+
+
+@pytest.mark.parametrize("name", ["thesis", ".hidden", "deep/thesis", "link"])
+def test_files_that_were_added_to_an_output_are_never_deleted(tmp_path: Path, name: str) -> None:
+    target = published(tmp_path / "out", a="old")
+    (target / "deep").mkdir()
+    published(target, a="older")  # an empty folder is no loss
+    (target / "deep").mkdir()
+    if name == "link":
+        (target / name).symlink_to(tmp_path)
+    else:
+        (target / name).write_text("mine")
+    with pytest.raises(UserError, match=f"out holds {name}, which rlheals did not write there"):
+        published(target, a="new")
+    assert (target / "a").read_text() == "older"
+    assert (target / name).exists()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_files_that_were_added_while_it_ran_are_not_deleted_either(tmp_path: Path) -> None:
+    target = published(tmp_path / "out", a="old")
+
+    def add_one() -> None:
+        with publish(target) as directory:
+            (directory / "a").write_text("new")
+            (target / "thesis").write_text("mine")
+
+    with pytest.raises(UserError, match="out holds thesis"):
+        add_one()
+    assert {path.name for path in target.iterdir()} == {"a", "thesis", MANIFEST}
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with publish(target) as directory:
+        (directory / "a").write_text("first")
+        with pytest.raises(UserError, match=f"another run is writing {target}; wait"):
+            published(target, a="second")
+        assert (directory / "a").read_text() == "first"
+    assert verify(target)
+    published(target, a="third")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_stays_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real = published(tmp_path / "out", a="old"), Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if path.name.endswith(".partial") and to == target:
+            raise OSError(errno.ENOSPC, "raw")
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="disk is full"):
+        published(target, a="new")
+    assert (target / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_files_links_and_the_folder_one_is_in_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +278,40 @@ def test_publishing_below_a_file_is_told(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="name is too long"), publish(tmp_path / ("x" * 300)):
         pass
+
+
+KILLED_IN_THE_SWAP = """
+import os, signal, sys
+from pathlib import Path
+from rlheals.publish import publish
+def rename(path, to, real=Path.rename):
+    if path.name == ".out.partial" and sys.argv[2] == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, to)
+    if path.name == ".out.partial":
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = rename
+with publish(Path(sys.argv[1])) as directory:
+    (directory / "a").write_text("new")
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("when", "wanted"), [("before", "old"), ("after", "new")])
+def test_a_kill_while_an_output_is_replaced_loses_nothing(tmp_path: Path, when: str, wanted: str) -> None:
+    target = published(tmp_path / "out", a="old")
+    run = subprocess.run([sys.executable, "-c", KILLED_IN_THE_SWAP, str(target), when], check=False)
+    assert run.returncode == -signal.SIGKILL
+
+    def fail() -> None:
+        with publish(target):
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert verify(target)
+    assert (target / "a").read_text() == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 WRITER = """

@@ -44,7 +44,7 @@ def device_named(name: str) -> str:
 
     if name not in ("cpu", "cuda", "auto"):
         raise UserError(f"--device {name} is not known; use cpu, cuda or auto.")
-    return resolve_device(name)
+    return resolve_device(name, "--device")
 
 
 def bytes_of(option: str, amount: float, unit: int) -> int:

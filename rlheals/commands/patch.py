@@ -20,7 +20,7 @@ SameTensors = Annotated[
         "--same-tensors-only", help="Accept another model as long as the tensors that the patch changes are the same."
     ),
 ]
-OutFolder = Annotated[Path, typer.Option("--out", help="New folder.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="New folder; an earlier output of rlheals there is replaced.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
         rich_markup_mode=None,
     )
-    for command in (make, apply, invert, compose, show, lora):
+    for command in (make, apply, invert, compose, show, digest, lora):
         group.command(epilog=EPILOG)(command)
     app.add_typer(group, name="patch")
 
@@ -67,9 +67,11 @@ def apply(
     check_out(out, model, patch)
     with Patch(patch) as opened, Weights(model) as weights:
         opened.check_base(weights, same_tensors_only=same_tensors_only)
-        # A tied head that this model stores and the patch's own did not has to follow the embedding.
-        sources = twins(weights, opened.entries) | {name: name for name in opened.entries}
         source, title = identify(weights), out.resolve().name
+        sources = {name: name for name in opened.entries}
+        if source["weights_sha256"] != opened.models.before:
+            # A tied head that this model stores and the patch's own did not has to follow the embedding.
+            sources |= twins(weights, opened.entries)
         names = [name for name in weights.shapes if name in sources]
         digest = write_model(
             weights,
@@ -108,6 +110,23 @@ def compose(
 def show(patch: PatchFile, as_json: Json = False) -> None:
     """Print what a patch changes, what made it, and which model it is for."""
     _tell(patch, as_json)
+
+
+def digest(
+    model: Annotated[Path, typer.Argument(metavar="FOLDER", help="Hugging Face folder of a model.")],
+    as_json: Json = False,
+) -> None:
+    """Print the sha256 of a model's weights, the same however they are cut into files: what patches know it by."""
+    from rlheals.restoration.patch import hash_weights, model_digest
+    from rlheals.spectra.reader import Weights
+
+    with Weights(model) as weights:
+        hash_weights(weights)
+        found = model_digest(weights)
+    if as_json:
+        print_json({"model": str(model), "weights_sha256": found})
+        return
+    typer.echo(f"{found}  {model}")
 
 
 def lora(
@@ -151,8 +170,10 @@ def _tell(path: Path, as_json: bool) -> None:
             return
         weights = sum(_weight_bytes(entry) for entry in patch.entries.values())
         typer.echo(f"{path}: {len(patch.entries)} tensors, {patch.bytes:,} bytes for {weights:,} bytes of weights")
-        for origin in patch.origins:
-            typer.echo(f"  {_origin(origin)}")
+        typer.echo(f"  for the model of weights sha256 {patch.models.before or 'not known'}")
+        typer.echo(f"  gives the model of weights sha256 {patch.models.after or 'not known'}")
+        for number, origin in enumerate(patch.origins):
+            typer.echo(f"  {_origin(origin, patch.given if number == 0 else 'the model that the change gave')}")
         for name, entry in patch.entries.items():
             kind = ", ".join(f"rank {rank} with what rounding left" if rank else "each number" for rank in entry.ranks)
             typer.echo(f"  {name}  {entry.dtype} {list(entry.shape)}  {kind}; for sha256 {entry.before[:12]}…")
@@ -165,16 +186,20 @@ def as_content(patch: Patch) -> dict[str, Any]:
     return {
         "patch": str(patch.path),
         "bytes": patch.bytes,
+        "models": asdict(patch.models),
         "origins": [asdict(origin) for origin in patch.origins],
         "tensors": {name: asdict(entry) for name, entry in patch.entries.items()},
     }
 
 
-def _origin(origin: Origin) -> str:
+def _origin(origin: Origin, given: str) -> str:
+    """One change of a patch; ``given`` is the model that it gave, which is what an inverted one is for."""
     from rlheals.restoration.edit import from_recipe
 
     what = from_recipe(origin.recipe).cell_id if origin.recipe else "the difference of two models"
-    return f"{'undoes ' if origin.inverted else ''}{what}, made for {origin.target.get('name', 'an unnamed model')}"
+    if origin.inverted:
+        return f"undoes {what}, for {given}"
+    return f"{what}, made for {origin.target.get('name', 'an unnamed model')}"
 
 
 def _weight_bytes(entry: Entry) -> int:

@@ -54,7 +54,10 @@ def restore(
     official: Annotated[
         bool, typer.Option("--official", help="Exactly as the scripts released with the paper do.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="New folder for the edited model.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the edited model; an earlier output of rlheals there is replaced."),
+    ] = None,
     patch: Annotated[Path | None, typer.Option(help="File for the change alone.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would change.")] = False,
     shard_gb: Annotated[float, typer.Option(min=0.0001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
@@ -78,7 +81,9 @@ def restore(
     scope = _scope(layers, modules, embeddings, head)
     edit = _edit(reference, target, operator, basis, window, scope, dose, seed, official)
     _check_outputs(out, patch, dry_run, (reference, target))
-    folders = {edit.target: target, edit.reference: reference}
+    if patch is not None and not dry_run and not edit.dose:
+        raise UserError("a dose of 0 changes nothing, so there is nothing to patch; give a larger --dose.")
+    folders = {edit.reference: reference, edit.target: target}
     store = factor_store(cache or default_cache(), cache_gib, device_named(device))
     with ModelSet(folders, store) as models:
         planned = FolderEdit(edit, models)
@@ -138,9 +143,11 @@ def _check_outputs(out: Path | None, patch: Path | None, dry_run: bool, models: 
 def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes: int) -> str:
     """Edit every tensor once, into the folder, the patch, or both; the digest of the folder's weights, if any."""
     from rlheals.restoration.folder_edit import edit_card
-    from rlheals.restoration.patch import PatchWriter
+    from rlheals.restoration.patch import PatchWriter, hash_weights
     from rlheals.restoration.write_model import write_model
 
+    for weights in (planned.reference, planned.target):
+        hash_weights(weights)
     origin = planned.origin()
     digest = ""
     with ExitStack() as stack:
@@ -155,11 +162,26 @@ def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes:
                 shard_bytes,
             )
         else:
-            for each in planned.names:
-                _changed(planned, each, writer)
+            _change_all(planned, writer)
         if writer is not None:
             writer.finish([origin], writer.ends(planned.target))
     return digest
+
+
+def _change_all(planned: FolderEdit, writer: PatchWriter | None) -> None:
+    """Edit every tensor for the patch alone.
+
+    Raises:
+        UserError: none of them changes, and a patch without a change cannot be applied.
+    """
+    from rlheals.progress import Progress
+
+    progress = Progress(f"editing {planned.target.path.name}", len(planned.names), "tensor")
+    for name in planned.names:
+        _changed(planned, name, writer)
+        progress.update(note=name)
+    if writer is not None and not writer.entries:
+        raise UserError("the edit changes nothing, so there is nothing to patch; check that the models differ.")
 
 
 def _changed(planned: FolderEdit, name: str, writer: PatchWriter | None) -> Tensor | None:
@@ -183,12 +205,19 @@ def _tell_plan(planned: FolderEdit, as_json: bool) -> None:
 
 
 def _tell(planned: FolderEdit, out: Path | None, patch: Path | None, digest: str, as_json: bool) -> None:
+    from math import isfinite
+
+    from rlheals.restoration.folder_edit import relative_told
+
     changed = [change for change in planned.changes if change.relative]
     if as_json:
         print_json(
             {
                 "recipe": planned.edit.recipe(),
-                "changed": {c.name: {"relative": c.relative, "defect": c.defect} for c in changed},
+                "changed": {
+                    c.name: {"relative": c.relative if isfinite(c.relative) else None, "defect": c.defect}
+                    for c in changed
+                },
                 "weights_sha256": digest or None,
                 "out": str(out) if out else None,
                 "patch": str(patch) if patch else None,
@@ -198,7 +227,11 @@ def _tell(planned: FolderEdit, out: Path | None, patch: Path | None, digest: str
     largest = max(changed, key=lambda change: change.relative, default=None)
     typer.echo(
         f"{planned.edit.cell_id}: {len(changed)} of {len(planned.target.shapes)} tensors changed"
-        + (f", {largest.name} most (relative norm {largest.relative:.3g})" if largest else "; the edit changes nothing")
+        + (
+            f", {largest.name} most (relative norm {relative_told(largest.relative)})"
+            if largest
+            else "; the edit changes nothing"
+        )
     )
     for path in (out, patch):
         if path is not None:

@@ -153,6 +153,9 @@ def weight_files(path: Path) -> list[Path]:
     """
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.is_file() else "does not exist"
+        raise UserError(f"{path} {what}; point to a Hugging Face model folder or run the stage that writes it.")
     if not (path / INDEX).is_file():
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickled:

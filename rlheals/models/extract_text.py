@@ -17,8 +17,7 @@ from rlheals.errors import UserError, disk_errors
 from rlheals.models.checkpoint import CONFIG, GENERATION_CONFIG, generation_config, read_json
 from rlheals.models.mllama import EMBEDDING, Extraction, check_family, plan_extraction
 from rlheals.models.topology import read_topology
-from rlheals.progress import Progress
-from rlheals.restoration.patch import identify, tensor_digest
+from rlheals.restoration.patch import hash_weights, identify, tensor_digest
 from rlheals.restoration.write_model import SHARD_BYTES, check_out, write_model
 from rlheals.spectra.reader import Weights
 
@@ -108,7 +107,7 @@ def extract_text(model: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Extr
         plan.config["eos_token_id"] = generation_config(model).eos_token_id
         with disk_errors(Path(beside)):
             _gather(model, Path(beside), plan)
-        _hash(source)
+        hash_weights(source)
         text = TextWeights(source, plan, Path(beside))
         name, origin = out.resolve().name, identify(source)
         digest = write_model(text, lambda _: None, lambda found: _card(plan, origin, name, found), out, shard_bytes)
@@ -137,14 +136,6 @@ def _gather(model: Path, folder: Path, plan: Extraction) -> None:
             shutil.copytree(model / name, folder / name, copy_function=shutil.copyfile)
     for name, content in ((CONFIG, plan.config), (LAYERS, plan.layer_map())):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _hash(source: Weights) -> None:
-    """Compute all digests, which ``source`` keeps, where a bar can be shown."""
-    progress = Progress(f"hashing {source.path.name}", len(source.shapes), "tensor")
-    for name in source.shapes:
-        source.digest(name)
-        progress.update(note=name)
 
 
 def left_out_parts(plan: Extraction) -> dict[str, int]:

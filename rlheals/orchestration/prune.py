@@ -21,13 +21,10 @@ from rlheals.orchestration.driver_lock import driver_lock, mend_marks
 from rlheals.orchestration.pipeline import check_version
 from rlheals.params import PARAMS_FILE
 from rlheals.profile import current_profile
-from rlheals.publish import MANIFEST, check_target
+from rlheals.publish import FORMER, MANIFEST, PARTIAL, read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-PARTIAL = ".partial"
-"""Ending of the hidden folders that `rlheals.publish.publish` writes to before it renames them."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +218,8 @@ def _orphans(data: Path, groups: set[str], known: list[Path]) -> Iterator[Path]:
         if group.name not in groups or not path.is_dir() or any(part.is_symlink() for part in (group, model, path)):
             continue
         hidden = path.name.startswith(".")
-        target = path.with_name(path.name[1:].removesuffix(PARTIAL)) if hidden else path
-        published = path.name.endswith(PARTIAL) if hidden else bool(_manifest_files(path))
+        target = path.with_name(path.name[1:].removesuffix(PARTIAL).removesuffix(FORMER)) if hidden else path
+        published = path.name.endswith((PARTIAL, FORMER)) if hidden else bool(_manifest_files(path))
         if published and not _overlaps(target, known):
             yield path
 
@@ -233,11 +230,8 @@ def _overlaps(path: Path, others: Iterable[Path]) -> bool:
 
 def _manifest_files(folder: Path) -> set[str]:
     """Files of a folder that `rlheals.publish` wrote, its manifest among them; empty when it did not."""
-    try:
-        check_target(folder)
-        return {MANIFEST, *json.loads((folder / MANIFEST).read_text())}
-    except (UserError, OSError):
-        return set()
+    found = read_manifest(folder)
+    return {MANIFEST, *found} if found else set()
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Change:
         shape: of it.
         ranks: the edited window, as ``0-26 of 128`` or ``0-8, 120-128 of 128``; empty where the edit does not read the
             spectrum.
-        relative: ``‖edited − target‖_F / ‖target‖_F``.
+        relative: ``‖edited − target‖_F / ‖target‖_F``; infinite for a change of a tensor that was all zero.
         defect: orthogonality defect of the mixed bases, see `rlheals.restoration.operators.Edited`.
     """
 
@@ -62,7 +62,8 @@ class FolderEdit:
 
         Raises:
             UserError: the scope names a module or layer that the model does not have, or selects nothing; the window
-                holds no rank of any matrix, or all of one whose vectors are to be turned.
+                holds no rank of any matrix, or all of one whose vectors are to be turned; see also
+                `rlheals.restoration.tied.twins`.
         """
         self.edit, self._models = edit, models
         self.target: Weights = models.weights[edit.target]
@@ -92,16 +93,22 @@ class FolderEdit:
                 f"{self.edit.operator} makes numbers of {name} that {self.target.dtypes[name]} cannot hold; edit by a "
                 "smaller dose, or leave this tensor out."
             )
-        norm = length(done.tensor) if done.change_norm else 0.0
-        self.changes.append(self._change(name, done.change_norm, norm, done.orthogonality_defect))
+        relative = self._relative(source, done.change_norm)
+        self.changes.append(self._change(name, relative, done.orthogonality_defect))
         return done
+
+    def _relative(self, name: str, change_norm: float) -> float:
+        if not change_norm:
+            return 0.0
+        norm = length(self.target.tensor(name))
+        return change_norm / norm if norm else math.inf
 
     def _check_window(self) -> None:
         window, operator = self.edit.window, self.edit.operator
         if operator in WINDOWLESS or window.is_full:
             return
         ranks = {name: min(self.target.shapes[name]) for name in self.names}
-        widths = {name: sum(span.stop - span.start for span in window.spans(rank)) for name, rank in ranks.items()}
+        widths = {name: self._width(name) for name in self.names}
         if not any(widths.values()):
             raise UserError(
                 f"the window {window.text} holds no rank of any matrix in the scope, whose ranks go up to "
@@ -114,21 +121,27 @@ class FolderEdit:
                 f"{whole[0]}, whose span has no angles; give a smaller window, or leave such matrices out by --modules."
             )
 
+    def _width(self, name: str) -> int:
+        """How many ranks of a tensor the window holds."""
+        return sum(span.stop - span.start for span in self.edit.window.spans(min(self.target.shapes[name])))
+
     def planned(self) -> list[Change]:
-        """What would be done, without reading a weight; the figures are not known yet."""
-        return [self._change(name, math.nan, 1.0, math.nan) for name in self.names]
+        """What would be done, without an edit being made; the figures are not known yet."""
+        takes_whole = self.edit.operator in WINDOWLESS
+        names = [name for name in self.names if takes_whole or self._width(name)]
+        return [self._change(name, math.nan, math.nan) for name in names]
 
     def origin(self) -> Origin:
         """What a patch of this edit says of itself."""
         return Origin(self.edit.recipe(), identify(self.reference), identify(self.target))
 
-    def _change(self, name: str, norm: float, whole: float, defect: float) -> Change:
+    def _change(self, name: str, relative: float, defect: float) -> Change:
         shape = self.target.shapes[name]
         ranks = ""
         if len(shape) == 2 and self.edit.operator not in ("swap", "reset", "interpolate", "noise"):
             spans = [f"{span.start}-{span.stop}" for span in self.edit.window.spans(min(shape))]
             ranks = f"{', '.join(spans) or 'none'} of {min(shape)}"
-        return Change(name, shape, ranks, norm / whole if norm else 0.0, defect)
+        return Change(name, shape, ranks, relative, defect)
 
 
 def model_names(reference: Path, target: Path) -> tuple[str, str]:
@@ -163,16 +176,20 @@ def command(edit: Edit) -> str:
 def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
     """The model card of an edited model: recipe, sources, and what changed by how much."""
     edit = done.edit
-    largest = sorted(done.changes, key=lambda change: -change.relative)
-    changed = [change for change in largest if change.relative]
-    rows = [f"| {c.name} | {list(c.shape)} | {c.ranks} | {c.relative:.3g} | {c.defect:.3g} |" for c in done.changes]
+    changed = [change.relative for change in done.changes if change.relative]
+    most = max(filter(math.isfinite, changed), default=0.0)
+    rows = [
+        f"| {c.name} | {list(c.shape)} | {c.ranks} | {relative_told(c.relative)} | {c.defect:.3g} |"
+        for c in done.changes
+    ]
     return "\n".join(
         [
             *_front(title),
             f"The weights of `{edit.target}`, edited towards those of `{edit.reference}` without training, by rlheals "
             f"{__version__} with torch {torch.__version__}. The edit is `{edit.operator}` ({edit.basis}), ranks "
             f"`{edit.window.text}`; {len(changed)} of {len(done.target.shapes)} tensors changed"
-            + (f", at most by {100 * changed[0].relative:.3g} % (relative Frobenius norm)." if changed else "."),
+            + (f", at most by {100 * most:.3g} % (relative Frobenius norm)" if most else "")
+            + (", some from all zeros." if math.inf in changed else "."),
             "",
             *_sources({"BASE, the reference": origin.reference, "TARGET": origin.target}, digest),
             "## Recipe",
@@ -189,7 +206,7 @@ def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
             "",
             "## What changed",
             "",
-            "Ranks count from the largest singular value. The change is relative to the edited tensor; the defect is "
+            "Ranks count from the largest singular value. The change is relative to the target's tensor; the defect is "
             "how far the vectors of both models, put side by side, are from orthonormal.",
             "",
             "| tensor | shape | ranks | relative change | defect |",
@@ -232,6 +249,11 @@ def patch_card(
             *_licence(target["name"]),
         ]
     )
+
+
+def relative_told(relative: float) -> str:
+    """`Change.relative` as people read it."""
+    return f"{relative:.3g}" if math.isfinite(relative) else "from all zeros"
 
 
 def _front(title: str) -> list[str]:

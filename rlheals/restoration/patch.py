@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from rlheals.errors import UserError, disk_errors
+from rlheals.progress import Progress
 from rlheals.restoration.exact import Counts, Step, make_step, pack, unpack
 from rlheals.restoration.patch_content import Content, Ends, Entry, Origin, check_step, decode, encode
 from rlheals.restoration.tensor_file import DTYPES, NAMES, TensorFile, TensorFileWriter, raw
@@ -51,6 +52,14 @@ def digest_of(tensors: Mapping[str, str]) -> str:
     return hashlib.sha256(
         "\n".join(sorted(f"{name} {digest}" for name, digest in tensors.items())).encode()
     ).hexdigest()
+
+
+def hash_weights(weights: Weights) -> None:
+    """Compute all digests of a model, which ``weights`` keeps, where a bar can be shown."""
+    progress = Progress(f"hashing {weights.path.name}", len(weights.shapes), "tensor")
+    for name in weights.shapes:
+        weights.digest(name)
+        progress.update(note=name)
 
 
 def identify(weights: Weights) -> dict[str, str]:
@@ -145,7 +154,10 @@ class Patch:
         if not self.entries:
             raise UserError(f"{self.path} changes nothing, so there is nothing to apply.")
         self._check_changed(weights)
-        if not same_tensors_only and model_digest(weights) != self.models.before:
+        if same_tensors_only:
+            return
+        hash_weights(weights)
+        if model_digest(weights) != self.models.before:
             known = "is for another model than" if self.models.before else "does not tell which whole model it is for:"
             raise UserError(
                 f"{self.path} {known} {weights.path}, only the tensors that it changes agree; apply it to {self._for}, "
@@ -173,7 +185,15 @@ class Patch:
     @property
     def _for(self) -> str:
         first = self.origins[0] if self.origins else None
+        if first and first.inverted:
+            return self.given
         return f"{first.target.get('name', 'its own base')} or weights equal to it" if first else "its own base"
+
+    @property
+    def given(self) -> str:
+        """The model that an inverted patch is for: it has no name, because what a change gave may lie anywhere."""
+        known = f" (weights sha256 {self.models.before[:12]}…)" if self.models.before else ""
+        return f"the model that the change gave{known}"
 
 
 class PatchWriter:
@@ -243,6 +263,8 @@ def make_patch(before: Path, after: Path, out: Path) -> None:
     check_patch_target(out, before, after)
     with Weights(before) as old, Weights(after) as new:
         check_same(old, new)
+        for weights in (old, new):
+            hash_weights(weights)
         becomes = counterparts(old, new)
         names = [name for name in old.shapes if name in becomes and old.digest(name) != new.digest(becomes[name])]
         if not names:
@@ -251,9 +273,11 @@ def make_patch(before: Path, after: Path, out: Path) -> None:
             found = new.dtypes[becomes[name]]
             if old.dtypes[name] != found:
                 raise UserError(f"{name} is {old.dtypes[name]} in {before} but {found} in {after}; save both alike.")
+        progress = Progress(f"writing {out.name}", len(names), "tensor")
         with PatchWriter(out) as writer:
             for name in names:
                 writer.add(name, old.tensor(name), new.tensor(becomes[name]))
+                progress.update(note=name)
             writer.finish([Origin({}, {}, identify(old))], writer.ends(old))
 
 
@@ -264,9 +288,11 @@ def invert_patch(source: Path, out: Path) -> None:
         UserError: see `Patch` and `PatchWriter`.
     """
     with Patch(source) as patch, PatchWriter(out) as writer:
+        progress = Progress(f"writing {out.name}", len(patch.entries), "tensor")
         for name, entry in patch.entries.items():
             steps = [step.inverted() for step in patch.steps(name)][::-1]
             writer.add_steps(name, replace(entry, before=entry.after, after=entry.before), steps)
+            progress.update(note=name)
         origins = [replace(origin, inverted=not origin.inverted) for origin in reversed(patch.origins)]
         writer.finish(origins, Ends(patch.models.after, patch.models.before))
 
@@ -274,7 +300,8 @@ def invert_patch(source: Path, out: Path) -> None:
 def compose_patches(first: Path, second: Path, out: Path) -> None:
     """Write the patch that does what ``first`` and then ``second`` do.
 
-    A tensor that ends as it began is left out, so a patch composed with its inverse changes nothing. The second may be
+    A tensor that ends as it began is left out, so a patch composed with its inverse changes nothing, and so is a step
+    that the next one undoes. The second may be
     made for another model than the first gives, as long as the tensors that both change agree; which whole model the
     two lead to is then not known.
 
@@ -282,7 +309,9 @@ def compose_patches(first: Path, second: Path, out: Path) -> None:
         UserError: a tensor that both change is not given by the first as the second needs it; see also `Patch`.
     """
     with Patch(first) as one, Patch(second) as two, PatchWriter(out) as writer:
+        progress = Progress(f"writing {out.name}", len(one.entries.keys() | two.entries.keys()), "tensor")
         for name, entry in one.entries.items():
+            progress.update(note=name)
             after = two.entries.get(name, entry)
             if name in two.entries and entry.after != after.before:
                 raise UserError(
@@ -296,21 +325,33 @@ def compose_patches(first: Path, second: Path, out: Path) -> None:
         for name, entry in two.entries.items():
             if name not in one.entries:
                 writer.add_steps(name, entry, two.steps(name))
+                progress.update(note=name)
         follows = one.models.after == two.models.before
         writer.finish([*one.origins, *two.origins], Ends(one.models.before, two.models.after if follows else ""))
 
 
 def _merged(steps: Sequence[Step], entry: Entry) -> list[Step]:
-    """Neighbouring steps without factors become one: their counts add up."""
+    """Neighbouring steps without factors become one, as their counts add up; a step and its inverse become none."""
     merged: list[Step] = []
     numel, dtype = torch.Size(entry.shape).numel(), DTYPES[entry.dtype]
     for step in steps:
         if merged and not merged[-1].rank and not step.rank:
-            total = unpack(merged[-1].forward, numel, dtype).add_(unpack(step.forward, numel, dtype))
-            merged[-1] = Step(None, None, pack(total), None)
+            total = unpack(merged.pop().forward, numel, dtype).add_(unpack(step.forward, numel, dtype))
+            if total.any():
+                merged.append(Step(None, None, pack(total), None))
+        elif merged and _equal(merged[-1].inverted(), step):
+            merged.pop()
         else:
             merged.append(step)
     return merged
+
+
+def _equal(one: Step, other: Step) -> bool:
+    """Whether two steps are stored alike, number by number, so that they do the same to every tensor."""
+    ours, theirs = dict(_parts(one)), dict(_parts(other))
+    return ours.keys() == theirs.keys() and all(
+        ours[part].dtype == theirs[part].dtype and torch.equal(ours[part], theirs[part]) for part in ours
+    )
 
 
 def _parts(step: Step) -> Iterator[tuple[str, Tensor]]:

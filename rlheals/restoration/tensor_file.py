@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from rlheals.claim import claim
 from rlheals.errors import UserError, disk_errors
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class TensorFileWriter:
     """Collects tensors on disk and makes one safetensors file of them; it appears whole at its path, or not at all.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable, or another run is writing the same file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,15 +83,16 @@ class TensorFileWriter:
         self._partial = path.with_name(f".{path.name}.partial")
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._data.open("wb")
+            self._file = os.fdopen(claim(self._data, path), "w+b")
+            self._file.truncate()  # a killed run may have left some
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        for file in (self._data, self._partial):
+        for file in (self._partial, self._data):  # the locked one last: when it is gone the next run may begin
             file.unlink(missing_ok=True)
+        self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor."""
@@ -101,10 +103,10 @@ class TensorFileWriter:
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the file; further tensors cannot be added."""
         with disk_errors(self.path):
-            self._file.close()
-            with self._partial.open("wb") as file, self._data.open("rb") as data:
+            self._file.seek(0)
+            with self._partial.open("wb") as file:
                 file.write(encode_header(self._entries, metadata))
-                shutil.copyfileobj(data, file, _COPY)
+                shutil.copyfileobj(self._file, file, _COPY)
                 file.flush()
                 os.fsync(file.fileno())
             self._partial.chmod(0o644)

@@ -82,15 +82,17 @@ def write_model(
 
 
 def check_out(out: Path, *sources: Path) -> None:
-    """Make sure that writing to ``out`` deletes neither a model that is read nor anything else that was not published.
+    """Make sure that writing to ``out`` deletes nothing that is read or was not published, and adds nothing to it.
 
     Raises:
         UserError: it would.
     """
     check_target(out)
     for source in sources:
-        if source.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out} is or holds {source}, which is read; name another folder to write to.")
+        ours, theirs = out.resolve(), source.resolve()
+        if theirs.is_relative_to(ours) or ours.is_relative_to(theirs):
+            how = "is" if ours == theirs else "holds" if theirs.is_relative_to(ours) else "lies in"
+            raise UserError(f"{out} {how} {source}, which is read; name another folder to write to.")
 
 
 def _shards(target: Weights, shard_bytes: int) -> dict[str, list[str]]:

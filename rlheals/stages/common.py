@@ -114,8 +114,12 @@ def quiet_environment(threads: int) -> None:
     os.environ["MKL_NUM_THREADS"] = str(threads)
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, key: str = "compute.device") -> str:
     """``auto`` becomes ``cuda`` when torch sees one, else ``cpu``.
+
+    Args:
+        device: cpu, cuda or auto.
+        key: where it was given, for the message.
 
     Raises:
         UserError: ``cuda`` is asked for and torch sees none.
@@ -126,7 +130,7 @@ def resolve_device(device: str) -> str:
 
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise UserError("compute.device is cuda, but torch sees no CUDA device; set it to auto or cpu.")
+        raise UserError(f"{key} is cuda, but torch sees no CUDA device; set it to auto or cpu.")
     return "cuda" if available else "cpu"
 
 

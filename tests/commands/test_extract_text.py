@@ -53,7 +53,7 @@ def test_bad_input_is_one_line_and_exits_2(source: Path, capsys: pytest.CaptureF
     for folder, told in (
         (plain, "nothing to extract"),
         (source, "norm.weight is missing"),
-        (tmp_path / "no", "has no model"),
+        (tmp_path / "no", "does not exist"),
     ):
         code, text, err = run(capsys, "extract-text", folder, tmp_path / "out")
         assert (code, text) == (2, "")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,60 @@ def test_show_names_tensors_and_what_they_must_be(
     }
     text = run(capsys, "patch", "show", tmp_path / "p")[1]
     assert all(name in text for name in before)
+
+
+def by_hand(folder: Path) -> str:
+    """The sha256 of a folder's weights as the docs describe it."""
+    lines = []
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8:start]).items():
+            if name != "__metadata__":
+                first, last = (start + offset for offset in entry["data_offsets"])
+                head = f"{entry['dtype']} [{', '.join(map(str, entry['shape']))}] "
+                lines.append(f"{name} {hashlib.sha256(head.encode() + content[first:last]).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def test_the_models_of_a_patch_are_told_by_their_digests(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    digests = []
+    for folder in models:
+        code, text, err = run(capsys, "patch", "digest", folder)
+        assert (code, text) == (0, f"{by_hand(folder)}  {folder}\n")
+        assert f"hashing {folder.name}: 21/21 tensors" in err
+        told = json.loads(run(capsys, "patch", "digest", folder, "--json")[1])
+        assert told == {"model": str(folder), "weights_sha256": by_hand(folder)}
+        digests.append(told["weights_sha256"])
+    p, back, both = (tmp_path / name for name in ("p", "back", "both"))
+    _, text, err = run(capsys, "patch", "make", one, two, "--out", p)
+    assert f"for the model of weights sha256 {digests[0]}\n  gives the model of weights sha256 {digests[1]}\n" in text
+    assert "writing p: 21/21 tensors" in err
+    assert "writing back: 21/21 tensors" in run(capsys, "patch", "invert", p, "--out", back)[2]
+    told = json.loads(run(capsys, "patch", "show", back, "--json")[1])
+    assert told["models"] == {"before": digests[1], "after": digests[0]}
+    _, text, err = run(capsys, "patch", "compose", p, back, "--out", both)
+    assert "writing both: 21/21 tensors" in err
+
+
+def test_an_inverted_patch_is_for_what_the_change_gave(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")
+    run(capsys, "patch", "invert", tmp_path / "p", "--out", tmp_path / "back")
+    right = f"the model that the change gave (weights sha256 {by_hand(two)[:12]}…)"
+    text = run(capsys, "patch", "show", tmp_path / "back")[1]
+    assert f"undoes the difference of two models, for {right}" in text
+    other = write(tmp_path / "c", seed=5)
+    _, _, err = run(capsys, "patch", "apply", tmp_path / "back", other, "--out", tmp_path / "out")
+    assert f"apply it to {right}." in err
+    run(capsys, "patch", "compose", tmp_path / "p", tmp_path / "back", "--out", tmp_path / "none")
+    text = run(capsys, "patch", "show", tmp_path / "none")[1]
+    assert "made for a\n  undoes the difference of two models, for the model that the change gave\n" in text
 
 
 def test_the_wrong_base_exits_2(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -144,6 +199,39 @@ def test_a_stored_head_that_is_not_tied_after_all_is_refused(
     stored_twice(two, shift=1.0)
     code, _, err = run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")
     assert (code, "stores a head that differs" in err) == (2, True)
+
+
+def test_a_head_that_differs_from_its_embedding_changes_only_by_a_patch_of_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = (make_folder(tmp_path / f"q{seed}", "qwen2", seed) for seed in (0, 1))
+    assert run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")[0] == 0
+    stored_twice(one, shift=1.0)
+    arguments = ["patch", "apply", tmp_path / "p", one, "--out", tmp_path / "there", "--same-tensors-only"]
+    code, _, err = run(capsys, *arguments)
+    assert (code, "stores a head that differs from the embedding" in err) == (2, True), err
+    assert not (tmp_path / "there").exists()
+    stored_twice(two, shift=1.0)
+    assert run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")[0] == 0
+    assert run(capsys, *arguments[:-1])[0] == 0
+    assert same_state(tmp_path / "there", two)
+    found, norm = load_file(one / "model.safetensors"), "model.norm.weight"
+    save_file({**found, norm: found[norm] * 2}, one / "model.safetensors", metadata={"format": "pt"})
+    assert run(capsys, *arguments)[0] == 0
+    assert torch.equal(state(tmp_path / "there")[HEAD], state(two)[HEAD])
+
+
+def test_a_stored_head_stays_where_the_patch_is_for_this_very_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Training untied the two: only the embedding changed."""
+    one, two = (stored_twice(make_folder(tmp_path / name, "qwen2")) for name in ("a", "b"))
+    file = two / "model.safetensors"
+    found = load_file(file)
+    save_file({**found, EMBEDDING: found[EMBEDDING] * 2}, file, metadata={"format": "pt"})
+    assert run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")[0] == 0
+    assert run(capsys, "patch", "apply", tmp_path / "p", one, "--out", tmp_path / "there")[0] == 0
+    assert same_state(tmp_path / "there", two)
 
 
 def test_the_adapter_of_the_docs_can_be_written(

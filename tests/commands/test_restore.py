@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from rlheals import cli
 from rlheals.models.checkpoint import load_model, load_tokenizer
 from rlheals.restoration.edit import BASES, DOSED
-from rlheals.restoration.patch import model_digest
+from rlheals.restoration.patch import PatchWriter, model_digest
 from rlheals.spectra.reader import Weights
 from tests.common import make_folder
 from tests.restoration.folders import same_bits, same_state, state, write
@@ -104,6 +105,92 @@ def test_a_swap_gives_the_very_bits(capsys: pytest.CaptureFixture[str], tmp_path
     assert same_state(tmp_path / "again", out)
 
 
+def strict(text: str) -> Any:
+    """JSON without the numbers that are none."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_changes_are_told_relative_to_the_target(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a"), write(tmp_path / "b", change=lambda name, tensor: tensor * 4 + 0.01)
+    options = ["--operator", "swap", "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--json"]
+    told = strict(run(capsys, "restore", one, two, *options)[1])["changed"]
+    before, after = ({n: tensor.double() for n, tensor in state(folder).items()} for folder in (two, one))
+    assert len(told) == 14
+    for name, change in told.items():
+        assert change["relative"] == pytest.approx(float((after[name] - before[name]).norm() / before[name].norm()))
+    assert "The change is relative to the target's tensor" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("zero", ["target", "edited"])
+def test_tensors_that_are_all_zero_have_a_change_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, zero: str
+) -> None:
+    folders = write(tmp_path / "a"), write(tmp_path / "b", change=lambda name, t: t * 0 if name == Q0 else t * 2)
+    one, two = folders if zero == "target" else folders[::-1]
+    options = ["--operator", "swap", "--modules", "q_proj", "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    code, text, err = run(capsys, "restore", one, two, *options)
+    assert code == 0, err
+    if zero == "target":
+        assert f"2 of 21 tensors changed, {Q0} most (relative norm from all zeros)" in text
+    told = strict(run(capsys, "restore", one, two, *options, "--json")[1])["changed"]
+    assert told[Q0]["relative"] == (None if zero == "target" else pytest.approx(1.0))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("from all zeros" in card, "inf" in card.split("## Recipe")[0]) == (zero == "target", False)
+    same = [*options[:-2], "--out", tmp_path / "same"]
+    assert "the edit changes nothing" in run(capsys, "restore", two, two, *same)[1]
+
+
+def test_a_patch_without_a_change_is_not_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a"), write(tmp_path / "b")
+    options = ["--operator", "swap", "--cache", tmp_path / "cache", "--patch", tmp_path / "p"]
+    code, _, err = run(capsys, "restore", one, two, *options)
+    assert (code, "there is nothing to patch" in err, (tmp_path / "p").exists()) == (2, True, False)
+
+
+def test_places_and_roles_are_named_as_they_were_given(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, _ = models
+    other, options = write(tmp_path / "other"), ["--dry-run", "--cache", tmp_path / "cache"]
+    wrong: list[tuple[list[object], str]] = [
+        ([reference, other], f"{other} is not a fine-tuned version of {reference}"),
+        ([tmp_path / "nowhere", target], f"{tmp_path / 'nowhere'} does not exist"),
+        ([reference, target / "config.json"], f"{target / 'config.json'} is a file, not a folder"),
+    ]
+    for folders, message in wrong:
+        code, _, err = run(capsys, "restore", *folders, *options)
+        assert (code, message in err) == (2, True), err
+    if not torch.cuda.is_available():
+        _, _, err = run(capsys, "restore", reference, target, *options, "--device", "cuda")
+        assert err.startswith("error: --device is cuda, but torch sees no CUDA device")
+
+
+def test_a_patch_alone_shows_how_far_it_is(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, cache = models
+    options = ["--operator", "swap", "--modules", "q_proj", "--cache", cache, "--patch", tmp_path / "p"]
+    assert "editing after: 2/2 tensors" in run(capsys, "restore", reference, target, *options)[2]
+
+
+def test_an_interrupted_edit_says_so_and_leaves_nothing(
+    models: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference, target, cache = models
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PatchWriter, "add", interrupted)
+    options = ["--operator", "swap", "--cache", cache, "--patch", tmp_path / "p", "--out", tmp_path / "out"]
+    code, text, err = run(capsys, "restore", reference, target, *options)
+    assert (code, text, err.splitlines()[-1]) == (130, "", "interrupted; nothing unfinished was written")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_writes_nothing(
     models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -115,6 +202,8 @@ def test_a_dry_run_writes_nothing(
     assert (code, len(json.loads(text)["would_change"])) == (0, 7)
     _, text, _ = run(capsys, "restore", reference, target, *options, "--window", "ends:8-4")
     assert "ranks 0-8, 60-64 of 64" in text
+    code, text, _ = run(capsys, "restore", reference, target, *options, "--window", "band:40-50")
+    assert (code, "5 of 21 tensors would change" in text, "none of" in text) == (0, True, False), "keys have 32 ranks"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -134,6 +223,26 @@ def test_a_tied_head_that_is_stored_follows_the_embedding(capsys: pytest.Capture
     assert {"model.embed_tokens.weight", "lm_head.weight"} < changed(two, out)
     written = state(out)
     assert same_bits(written["lm_head.weight"], written["model.embed_tokens.weight"])
+
+
+def test_a_head_that_is_not_tied_after_all_is_not_changed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Loaders untie a stored head that differs from the embedding, whatever the config says."""
+    one, two = write(tmp_path / "a"), write(tmp_path / "b", seed=1)
+    for folder in (one, two):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    options = ["--operator", "swap", "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    for flag in ("--embeddings", "--head"):
+        code, _, err = run(capsys, "restore", one, two, *options, flag)
+        assert (code, f"{two} stores a head that differs from the embedding" in err) == (2, True), err
+        assert not (tmp_path / "out").exists()
+    assert run(capsys, "restore", one, two, *options)[0] == 0
+    assert changed(two, tmp_path / "out").isdisjoint({"lm_head.weight", "model.embed_tokens.weight"})
+
+
+@pytest.mark.parametrize("command", [["restore"], ["patch", "apply"], ["patch", "lora"]])
+def test_help_tells_that_an_earlier_output_is_replaced(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert "an earlier output of rlheals there is replaced" in " ".join(run(capsys, *command, "--help")[1].split())
 
 
 def test_help_tells_which_operators_have_a_dose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +275,10 @@ def test_bad_input_exits_2_and_writes_nothing(
         (["--patch", out, "--layers", ""], "is not a list of layers"),
         (["--patch", out, "--modules", ""], "is not a list of names"),
         (["--patch", out, "--modules", "q_proj,"], "is not a list of names"),
-        (["--out", target / "config.json" / "x"], "a part of the path is a file"),
+        (["--out", target.parent / "config.json" / "x"], "a part of the path is a file"),
+        (["--out", target / "edited"], "lies in"),
+        (["--out", reference / "deep" / "edited"], "lies in"),
+        (["--patch", out, "--operator", "interpolate", "--dose", "0"], "a dose of 0 changes nothing"),
         (["--patch", target.parent / "config.json" / "x"], "a file is in the way"),
         (["--patch", f"/proc/{'x' * 8}"], "can be made there"),
         (["--out", out, "--shard-gb", "inf"], "--shard-gb is a size"),

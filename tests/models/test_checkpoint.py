@@ -166,7 +166,7 @@ def test_broken_folders(folder: Path, file: str, content: str | None, message: s
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere has no model.safetensors"):
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere holds no readable tokenizer"):
         load_tokenizer(tmp_path / "nowhere")

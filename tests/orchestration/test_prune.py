@@ -238,6 +238,15 @@ def test_a_published_folder_without_an_entry_goes_and_says_it_cannot_be_restored
     assert (project / "data/mini/count/tiny/.0.partial").exists(), "item 0 is declared: its stage tidies up"
 
 
+def test_an_output_that_was_moved_aside_goes_with_its_item_alone(project):
+    for seed in (0, 7):
+        with publish(project / f"data/mini/count/tiny/.{seed}.former") as folder:
+            (folder / "number.txt").write_text("kept while it was replaced")
+    assert [leftover.paths for leftover in find_leftovers(project)] == [("data/mini/count/tiny/.7.former",)]
+    (project / "data/mini/count/tiny/.7.former/mine").write_text("mine")
+    assert "no stage wrote mine" in find_leftovers(project)[0].keep
+
+
 @pytest.mark.parametrize("place", ["eval", "eval/tiny/1", "count/mine", "count/tiny/0/mine", "count/tiny/1/2/3"])
 def test_what_another_command_published_stays(project, place):
     declare(project, seeds=[0])

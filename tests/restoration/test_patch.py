@@ -106,6 +106,32 @@ def test_steps_with_factors_are_kept_one_after_the_other(tmp_path: Path) -> None
         assert patch.entries["model.layers.0.self_attn.q_proj.weight"].ranks == (0, 2)
 
 
+def test_a_step_that_the_next_one_undoes_is_dropped(tmp_path: Path) -> None:
+    """There and back over two stretches, the first of low rank, and then somewhere else."""
+    shape = {"hidden": 256, "intermediate": 64, "layers": 1}
+    one, two = write(tmp_path / "a", **shape), write(tmp_path / "b", **shape, change=low_rank)
+    three = write(tmp_path / "c", **shape, change=lambda name, tensor: drifted(name, low_rank(name, tensor)))
+    other = write(tmp_path / "d", **shape, change=drifted)
+    for name, before, after in (("p", one, two), ("q", two, three), ("r", one, other)):
+        make_patch(before, after, tmp_path / name)
+    compose_patches(tmp_path / "p", tmp_path / "q", tmp_path / "pq")
+    for name in ("p", "pq"):
+        invert_patch(tmp_path / name, tmp_path / f"{name}-back")
+    compose_patches(tmp_path / "p-back", tmp_path / "r", tmp_path / "there")
+    compose_patches(tmp_path / "p", tmp_path / "there", tmp_path / "p-there")
+    compose_patches(tmp_path / "pq-back", tmp_path / "r", tmp_path / "far")
+    compose_patches(tmp_path / "pq", tmp_path / "far", tmp_path / "pq-far")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for whole in ("p-there", "pq-far"):
+        assert equal(applied(tmp_path / whole, one), state(other))
+        with Patch(tmp_path / whole) as patch, Patch(tmp_path / "r") as alone:
+            assert patch.entries[name] == alone.entries[name]
+        with Patch(tmp_path / "pq") as patch:
+            assert patch.entries[name].ranks[0] == 2, "steps with factors are among what is dropped"
+    invert_patch(tmp_path / "pq-far", tmp_path / "home")
+    assert equal(applied(tmp_path / "home", other), state(one))
+
+
 def test_a_patch_and_its_inverse_cancel(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     make_patch(models[0], models[1], tmp_path / "p")
     invert_patch(tmp_path / "p", tmp_path / "back")
@@ -258,3 +284,28 @@ def test_a_writer_that_stops_leaves_nothing(tmp_path: Path) -> None:
         assert list(patch.entries) == ["sign"]
     with PatchWriter(path) as writer:  # a patch may be replaced
         writer.finish([], Ends())
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    with PatchWriter(path) as writer:
+        writer.add("w", torch.zeros(4), torch.ones(4))
+        with pytest.raises(UserError, match=f"another run is writing {path}; wait"):
+            PatchWriter(path)
+        writer.finish([], Ends())
+        with pytest.raises(UserError, match="another run is writing"):
+            PatchWriter(path)
+    with Patch(path) as patch:
+        assert list(patch.entries) == ["w"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_next_file(tmp_path: Path) -> None:
+    (tmp_path / ".p.data").write_bytes(b"x" * 1000)
+    (tmp_path / ".p.partial").write_bytes(b"x" * 1000)
+    with PatchWriter(tmp_path / "p") as writer:
+        writer.add("w", torch.zeros(4), torch.ones(4))
+        writer.finish([], Ends())
+    with Patch(tmp_path / "p") as patch:
+        assert torch.equal(patch.apply("w", torch.zeros(4)), torch.ones(4))
+    assert list(tmp_path.iterdir()) == [tmp_path / "p"]
