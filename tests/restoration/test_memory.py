@@ -31,7 +31,7 @@ def limited(tmp_path: Path, allowed: int, dtype: str = "float32", **shape: int) 
     )
 
 
-@pytest.mark.parametrize(("dtype", "layers"), [("float32", 4), ("bfloat16", 7)])
+@pytest.mark.parametrize(("dtype", "layers"), [("float32", 4), pytest.param("bfloat16", 7, marks=pytest.mark.slow)])
 def test_a_folder_larger_than_the_limit_is_edited(tmp_path: Path, dtype: str, layers: int) -> None:
     largest = 4 * 512 * 1024
     done = limited(tmp_path, 8 * largest, dtype, layers=layers, hidden=512, intermediate=1024, shard_bytes=2**24)
