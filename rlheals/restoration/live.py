@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlheals.errors import UserError
-from rlheals.restoration.checksum import checksum, checksums
+from rlheals.restoration.checksum import checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,8 +137,8 @@ class LiveModel(Editable):
         kept, self._kept = self._kept, {}
         for name, data in kept.items():
             self._parameters[name].data = data
-        for name, now in zip(kept, checksums([self._parameters[name] for name in kept]), strict=True):
-            if now != self._checksums[name]:
+        for name in kept:
+            if checksum(self._parameters[name]) != self._checksums[name]:
                 raise not_reverted(f"tensor {name} is not the target's")
 
     def settle(self) -> None:
