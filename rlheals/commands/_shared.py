@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_OK, UserError
+from rlheals.errors import EXIT_BAD_INPUT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, UserError
 
 if TYPE_CHECKING:
     from rlheals.spectra.store import FactorStore
@@ -18,7 +18,7 @@ GIB = 2**30
 
 EPILOG = (
     f"Exit codes: {EXIT_OK} success, {EXIT_INTERNAL} internal error (please report it), "
-    f"{EXIT_BAD_INPUT} bad input (the message says what to change)."
+    f"{EXIT_BAD_INPUT} bad input (the message says what to change), {EXIT_INTERRUPTED} stopped by Ctrl-C."
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs instead of text.")]
