@@ -141,13 +141,19 @@ def _check_outputs(out: Path | None, patch: Path | None, dry_run: bool, models: 
 
 
 def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes: int) -> str:
-    """Edit every tensor once, into the folder, the patch, or both; the digest of the folder's weights, if any."""
+    """Edit every tensor once, into the folder, the patch, or both; the digest of the folder's weights, if any.
+
+    Raises:
+        UserError: both models hold the same weights and a patch is asked for; see also `_change_all`.
+    """
     from rlheals.restoration.folder_edit import edit_card
-    from rlheals.restoration.patch import PatchWriter, hash_weights
+    from rlheals.restoration.patch import PatchWriter, hash_weights, model_digest
     from rlheals.restoration.write_model import write_model
 
     for weights in (planned.reference, planned.target):
         hash_weights(weights)
+    if patch is not None and model_digest(planned.reference) == model_digest(planned.target):
+        raise UserError("both models hold the same weights, so there is nothing to patch; check which are named.")
     origin = planned.origin()
     digest = ""
     with ExitStack() as stack:

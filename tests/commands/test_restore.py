@@ -143,8 +143,10 @@ def test_tensors_that_are_all_zero_have_a_change_too(
 def test_a_patch_without_a_change_is_not_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     one, two = write(tmp_path / "a"), write(tmp_path / "b")
     options = ["--operator", "swap", "--cache", tmp_path / "cache", "--patch", tmp_path / "p"]
-    code, _, err = run(capsys, "restore", one, two, *options)
-    assert (code, "there is nothing to patch" in err, (tmp_path / "p").exists()) == (2, True, False)
+    for more in ([], ["--out", tmp_path / "out"]):
+        code, _, err = run(capsys, "restore", one, two, *options, *more)
+        assert (code, "there is nothing to patch" in err) == (2, True)
+        assert not any((tmp_path / name).exists() for name in ("p", "out"))
 
 
 def test_places_and_roles_are_named_as_they_were_given(
