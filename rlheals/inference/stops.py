@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
 from rlheals.inference.engine import Answer
-from rlheals.models.checkpoint import generation_config as generation_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,10 +15,10 @@ from rlheals.errors import UserError
 from rlheals.inference import Sampling, make_engine
 from rlheals.inference.choose import penalise
 from rlheals.inference.server import ServerEngine
-from rlheals.inference.stops import decode, first_stop, generation_config, just_stopped, make_answers, stop_tokens
+from rlheals.inference.stops import decode, first_stop, just_stopped, make_answers, stop_tokens
 from rlheals.inference.transformers_engine import TransformersEngine
 from rlheals.models import checkpoint
-from rlheals.models.checkpoint import load_model
+from rlheals.models.checkpoint import generation_config, load_model
 from tests.common import make_folder, make_model, make_params, make_tokenizer
 from tests.fake_server import running
 

@@ -12,7 +12,8 @@ from rlheals.inference.seeds import counter_seed
 from rlheals.inference.server.address import address_of
 from rlheals.inference.server.client import Client
 from rlheals.inference.server.protocol import Cards, Choice, Completion, choose_card, parse
-from rlheals.inference.stops import generation_config, holds_stop, make_answers, stop_tokens
+from rlheals.inference.stops import holds_stop, make_answers, stop_tokens
+from rlheals.models.checkpoint import generation_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

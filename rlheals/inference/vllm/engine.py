@@ -12,10 +12,10 @@ from rlheals.inference.engine import Answer, Capabilities, Sampling
 from rlheals.inference.fingerprint import Proof, check_fingerprint, context_of, sentinels
 from rlheals.inference.prompts import check_prompts
 from rlheals.inference.seeds import counter_seed
-from rlheals.inference.stops import generation_config, holds_stop, make_answers, stop_tokens
+from rlheals.inference.stops import holds_stop, make_answers, stop_tokens
 from rlheals.inference.vllm.start import shut_down, start
 from rlheals.inference.vllm.weights import push_weights
-from rlheals.models.checkpoint import check_state, skeleton
+from rlheals.models.checkpoint import check_state, generation_config, skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
