@@ -301,9 +301,8 @@ def compose_patches(first: Path, second: Path, out: Path) -> None:
     """Write the patch that does what ``first`` and then ``second`` do.
 
     A tensor that ends as it began is left out, so a patch composed with its inverse changes nothing, and so is a step
-    that the next one undoes. The second may be
-    made for another model than the first gives, as long as the tensors that both change agree; which whole model the
-    two lead to is then not known.
+    that the next one undoes. The second may be made for another model than the first gives, as long as the tensors
+    that both change agree; which whole model the two lead to is then not known.
 
     Raises:
         UserError: a tensor that both change is not given by the first as the second needs it; see also `Patch`.

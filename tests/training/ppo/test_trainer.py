@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from rlheals.errors import UserError
 from rlheals.inference import Sampling
+from rlheals.inference.transformers_engine import TransformersEngine
 from rlheals.models.checkpoint import load_model, load_tokenizer
 from rlheals.training.ppo.gae import gae
 from rlheals.training.ppo.metrics import advantages_of
@@ -20,6 +22,7 @@ from tests.common import make_model, make_params, make_tokenizer
 from tests.training.ppo.branches import CONTEXT, digest, toy_branch, toy_rollout, toy_settings, tree
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -47,6 +50,41 @@ def test_checkpoints_load_by_themselves(tmp_path: Path) -> None:
     assert digest(load_model(folders[1])) == digest(run.policy)
     assert digest(load_model(folders[0])) != digest(run.policy)
     assert load_tokenizer(folders[0]).chat_template == run.tokenizer.chat_template
+
+
+class Apart(TransformersEngine):
+    """Plays with a copy of the policy, and is deaf to the swaps after the first ``hears``."""
+
+    def __init__(self, policy: Any, tokenizer: Any, hears: int) -> None:
+        super().__init__(deepcopy(policy), tokenizer, batch_size=8)
+        self.hears, self.closed = hears, False
+
+    def swap(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        self.hears -= 1
+        if self.hears >= 0:
+            super().swap(state_dict)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("hears", [3, 2])
+def test_an_update_that_does_not_reach_the_engine_ends_the_branch(hears: int, tmp_path: Path) -> None:
+    """At this rate an update is less than what rounding explains, so only a comparison with the last one shows it."""
+    settings = toy_settings(critic_warmup_updates=0, learning_rate=2e-7, critic_learning_rate=1e-6)
+    made: list[Apart] = []
+
+    def engine(policy: Any, tokenizer: Any) -> Apart:
+        made.append(Apart(policy, tokenizer, hears))
+        return made[0]
+
+    run = toy_branch(tmp_path, settings, updates=3, checkpoints=[3], make_engine=engine)
+    if hears == 3:
+        assert len(train_branch(run).training) == 3
+    else:
+        with pytest.raises(UserError, match="still answers as before"):
+            train_branch(run)
+    assert made[0].closed
 
 
 def test_the_first_ratio_is_one_and_the_start_is_its_own_reference(tmp_path: Path) -> None:
