@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rlheals.errors import UserError, disk_errors, first_line
+from rlheals.models.folders import INDEX as INDEX
+from rlheals.models.folders import WEIGHTS as WEIGHTS
+from rlheals.models.folders import check_adapter, check_names, check_pointer, explain
 from rlheals.publish import MANIFEST, sha256_file
 
 if TYPE_CHECKING:
@@ -18,12 +22,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOATING = {"F64", "F32", "F16", "BF16"}
+_BUFFER = re.compile(r"(?:^|\.)(rotary_emb\.\w+|inv_freq|masked_bias|position_ids)$")
 REPAIR = "copy it again from its source, or delete it and run the stage that writes it"
 
 
@@ -40,18 +43,60 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
             shape than the config says; NaN or infinite weights; a digest that differs from a manifest's; a generation
             config that cannot be read.
     """
-    from transformers import AutoModelForCausalLM
-
     check_digests(path)
-    check_state(read_shapes(path), skeleton(path), str(path))
+    check_files(path)
+    skeleton(path)  # before the weights are read: a config that describes no model is told as such
     generation = generation_config(path)
-    with quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+    model, loaded = _from_pretrained(path, dtype)
+    _check_loaded(loaded, str(path))
     check_finite(model.state_dict(), str(path))
     model.generation_config = generation  # the library's own has nothing of a composite config's text model
     return model.to(device).eval()
+
+
+def _from_pretrained(path: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The model, and what the library says of names and shapes after its own conversion of what is on disk."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    with quiet_library():
+        try:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # the library raises many types for files that do not fit the config
+            raise UserError(
+                f"{path} does not load as a causal language model ({first_line(error)}); use the config and weights of "
+                "one and the same model."
+            ) from error
+    return model, loaded
+
+
+def _check_loaded(loaded: Mapping[str, Any], where: str) -> None:
+    """Check that every tensor of the model came from the files, and every tensor of the files went into the model.
+
+    Raises:
+        UserError: naming ``where`` and the tensors that are missing, unexpected or of another shape.
+    """
+    shapes = [
+        f"{name} has shape {list(found)}, not {list(wanted)}" for name, found, wanted in loaded["mismatched_keys"]
+    ]
+    unexpected = sorted(name for name in loaded["unexpected_keys"] if not is_buffer(name))
+    _raise_problems(sorted(loaded["missing_keys"]), unexpected, sorted(shapes), where)
+
+
+def _raise_problems(missing: list[str], unexpected: list[str], shapes: list[str], where: str) -> None:
+    problems = [
+        f"{name_some(names)} {verb}" for names, verb in ((missing, "missing"), (unexpected, "unexpected")) if names
+    ]
+    problems += [name_some(shapes)] if shapes else []
+    if problems:
+        raise UserError(
+            f"{where} does not hold the weights its config.json describes: {'; '.join(problems)}. "
+            "Use the config and weights of one and the same model."
+        )
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -149,51 +194,61 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder, in the index's order.
 
     Raises:
-        UserError: there are none, or the index is unreadable or names a file that is not there.
+        UserError: there are none (the sentence says what the folder is instead), the index is unreadable or names a
+            file that is not there, two sets of weights lie side by side, one is a git-lfs pointer, or an adapter lies
+            there.
     """
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if not path.is_dir():
-        what = "is a file, not a folder" if path.is_file() else "does not exist"
-        raise UserError(f"{path} {what}; point to a Hugging Face model folder or run the stage that writes it.")
-    if not (path / INDEX).is_file():
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-        if pickled:
-            raise UserError(
-                f"{path / pickled[0]} is a pickled checkpoint, which can run code when loaded; convert it to "
-                "safetensors (save_pretrained of a recent transformers does) and point to the new folder."
-            )
+    check_adapter(path)
+    whole, indexed = (path / WEIGHTS).is_file(), (path / INDEX).is_file()
+    if not whole and not indexed:
+        raise explain(path)
+    files = [path / name for name in dict.fromkeys(_weight_map(path).values())] if indexed else [path / WEIGHTS]
+    if whole and path / WEIGHTS not in files:
         raise UserError(
-            f"{path} has no {WEIGHTS}; point to a Hugging Face model folder or run the stage that writes it."
+            f"{path} holds two sets of weights, {WEIGHTS} and the shards that {INDEX} names, of which loaders take one "
+            "or the other; delete the one that is out of date."
         )
-    files = [path / name for name in dict.fromkeys(_weight_map(path).values())]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing though {INDEX} names it; {REPAIR}.")
+        check_pointer(file)
     return files
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor on disk, from the file headers alone.
+def check_files(path: Path) -> None:
+    """Check the headers of a folder's weight files, without reading a weight.
 
     Raises:
-        UserError: see `load_model`; also a sharded index that disagrees with its files.
+        UserError: as `weight_files`; a file is truncated or corrupted, a weight is quantised, an adapter is not merged,
+            or a sharded index disagrees with its files.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    names: set[str] = set()
     for file in weight_files(path):
         with _readable(file), safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  not a dict
-                tensor = weights.get_slice(name)
-                check_floating(file, name, tensor.get_dtype())
-                shapes[name] = tuple(tensor.get_shape())
-    if (path / INDEX).is_file() and not (path / WEIGHTS).is_file():
-        check_index(path, set(shapes))
-    return shapes
+                check_floating(file, name, weights.get_slice(name).get_dtype())
+                names.add(name)
+    check_names(path, sorted(names))
+    if (path / INDEX).is_file():
+        check_index(path, names)
+
+
+def is_buffer(name: str, dtype: str = "F32") -> bool:
+    """Whether a tensor is no weight but a table that the model computes from its config, which old savers stored.
+
+    Args:
+        name: of the tensor.
+        dtype: of the tensor, as safetensors names it. Masks and positions are of types that no quantised weight has.
+
+    >>> is_buffer("layers.0.self_attn.rotary_emb.inv_freq"), is_buffer("h.0.attn.bias", "BOOL"), is_buffer("a.bias")
+    (True, True, False)
+    """
+    return bool(_BUFFER.search(name)) or dtype in ("BOOL", "I64") or (dtype == "U8" and name.endswith("attn.bias"))
 
 
 def check_floating(file: Path, name: str, dtype: str) -> None:
     """Raise `UserError` when tensor ``name`` of ``file`` is of a safetensors type that is not plain floating point."""
-    if dtype not in FLOATING:
+    if dtype not in FLOATING and not is_buffer(name, dtype):
         raise UserError(f"{file}: tensor {name} is {dtype}, not floating point; use an unquantised checkpoint.")
 
 
@@ -213,15 +268,7 @@ def check_state(found: Mapping[str, tuple[int, ...]], model: Any, where: str) ->
         for name in expected
         if name in found and found[name] != expected[name]
     ]
-    problems = [
-        f"{name_some(names)} {verb}" for names, verb in ((missing, "missing"), (unexpected, "unexpected")) if names
-    ]
-    problems += [name_some(shapes)] if shapes else []
-    if problems:
-        raise UserError(
-            f"{where} does not hold the weights its config.json describes: {'; '.join(problems)}. "
-            "Use the config and weights of one and the same model."
-        )
+    _raise_problems(missing, unexpected, shapes, where)
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -299,10 +346,27 @@ def quiet_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Keep progress bars and what the library reports of a load off the terminal; it is told in our own sentences."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with quiet_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     mapping = read_json(path / INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{path / INDEX} has no weight_map; {REPAIR}.")
+    for name, file in mapping.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{path / INDEX} gives {file!r} as the file of {name}, not the name of one; {REPAIR}.")
     return mapping
 
 

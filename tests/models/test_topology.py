@@ -113,11 +113,11 @@ def test_unknown_families_are_read_by_pattern() -> None:
     }
     topology = read_topology(LLAMA | {"model_type": "new", "num_hidden_layers": 1, "head_dim": 24}, shapes)
     assert [(m.layer, m.module, m.kind) for m in topology.matrices] == [
+        (0, "up_proj", "expert"),
         (0, "router", "mlp"),
         (0, "qkv_proj", "self_attention"),
     ]
     assert topology.left_out == {
-        "decoder.layers.0.mlp.experts.0.up_proj.weight": "part of a module that Llama does not have",
         "decoder.layers.1.self_attn.qkv_proj.weight": "layer beyond the 1 of the config",
         "mtp.layers.0.self_attn.qkv_proj.weight": "outside the decoder's layers (decoder.layers)",
     }
@@ -148,10 +148,10 @@ def test_configs_that_do_not_fit(change: dict[str, Any], message: str) -> None:
         read_topology(LLAMA | change, SHAPES)
 
 
-@pytest.mark.parametrize("name", ["transformer.h.0.attn.c_attn.weight", "vision_model.layers.0.mlp.fc1.weight"])
+@pytest.mark.parametrize("name", ["fc.weight", "vision_model.layers.0.mlp.fc1.weight", "model.layers.0.norm.weight"])
 def test_other_models_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"no weight is named as in a Llama-like model.*" + name):
-        read_topology(LLAMA, {name: (64, 64)})
+    with pytest.raises(UserError, match=r"no weight is named as in a decoder.*" + name):
+        read_topology(LLAMA, {name: (64,) if "norm" in name else (64, 64)})
 
 
 def test_selection() -> None:

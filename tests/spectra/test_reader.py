@@ -256,7 +256,7 @@ def test_file_that_shrinks_while_it_is_open(folder: Path) -> None:
 def test_tensor_in_two_shards(folder: Path) -> None:
     first = shard_of(folder, "model.embed_tokens.weight")
     save_file(load_file(first) | {Q: torch.zeros(32, 32)}, first)
-    with pytest.raises(UserError, match=f"tensor {Q} is also in"):
+    with pytest.raises(UserError, match=rf"tensor {Q} is in \S+ and in \S+, and .* one is a stale copy"):
         Weights(folder)
 
 
@@ -272,8 +272,9 @@ def test_config_is_required(folder: Path, content: str | None) -> None:
 def test_errors_of_the_topology_name_the_folder(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match=f"{folder}: the config says 3 layers, but layer 2 has no weight"):
-        Weights(folder)
+    message = f"{folder}: the config says 3 layers, but layer 2 has no weight"
+    with Weights(folder) as weights, pytest.raises(UserError, match=message):
+        _ = weights.topology
 
 
 def compare(base: Path, tuned: Path) -> None:
@@ -290,8 +291,6 @@ def test_same_architecture_in_another_type_and_sharding(folder: Path, tmp_path: 
     [
         ({"layers": 3}, r"also has model\.layers\.2\.\S+, model\.layers\.2\.\S+, model\.layers\.2\.\S+ and 6 more"),
         ({"intermediate": 56}, r"mlp\.gate_proj\.weight has shape \[56, 32\], not \[48, 32\]"),
-        ({"vocabulary": 72}, r"embed_tokens\.weight has shape \[72, 32\], not \[64, 32\]"),
-        ({"tied": True}, r"lacks lm_head\.weight"),
         ({"hidden": 64}, r"config has head_dim 16, not 8"),
     ],
 )
