@@ -135,6 +135,7 @@ def closing_lines(found: Diagnosis) -> list[str]:
     """Warnings, notes, and what was left out."""
     warnings = found.verdicts.filter(pl.col("warning") != "").select("tensor", "warning").unique(maintain_order=True)
     lines = [f"warning: {tensor}: {warning}" for tensor, warning in warnings.iter_rows()]
+    lines += found.covered
     lines += list(found.notes)
     reasons: dict[str, int] = {}
     for reason in found.left_out.values():

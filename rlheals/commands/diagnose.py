@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path  # noqa: TC003  typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +14,16 @@ from rlheals.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 if TYPE_CHECKING:
     import polars as pl
 
+    from rlheals.spectra.coverage import Coverage
     from rlheals.spectra.diagnose import Caches, Diagnosis
     from rlheals.spectra.plan import Estimate
     from rlheals.spectra.settings import DiagnoseSettings
 
 EXIT_CHANGED = 1
 EPILOG = (
-    f"Exit codes: {EXIT_OK} every matrix is unchanged or indistinguishable from same-norm noise, {EXIT_CHANGED} at "
-    "least one shows a structured rotation or a magnitude change; an internal error, which prints a traceback, exits "
+    f"Exit codes: {EXIT_OK} every matrix is unchanged or indistinguishable from same-norm noise and what was not "
+    f"compared is equal, {EXIT_CHANGED} a matrix shows a structured rotation or a magnitude change, or something that "
+    "was not compared differs; an internal error, which prints a traceback, exits "
     f"{EXIT_CHANGED} too, {EXIT_BAD_INPUT} bad input (the message says what to change)."
 )
 
@@ -128,7 +131,7 @@ def _write(found: Diagnosis, out: Path) -> None:
     with publish(out) as directory:
         for schema, table in found.tables().items():
             write_table(table, schema, directory / f"{schema}.parquet")
-        write_page(found.tables(), directory, left_out=found.left_out, notes=found.notes)
+        write_page(found.tables(), directory, left_out=found.left_out, notes=[*found.covered, *found.notes])
 
 
 def as_content(found: Diagnosis, caches: Caches) -> dict[str, Any]:
@@ -138,11 +141,32 @@ def as_content(found: Diagnosis, caches: Caches) -> dict[str, Any]:
         "verdicts": _records(found.verdicts),
         "function_drift": _records(found.function_drift),
         "left_out": dict(found.left_out),
+        "coverage": {pair: as_coverage(each) for pair, each in found.coverage.items()},
         "notes": list(found.notes),
         "factorised": caches.factors.factorised,
         "factors_from_cache": caches.factors.hits,
         "measured": caches.results.computed,
         "answers_from_cache": caches.results.hits,
+    }
+
+
+def as_coverage(found: Coverage) -> dict[str, Any]:
+    """How much of a pair was compared, and what differs of the rest; an infinite relative change becomes null."""
+    return {
+        "share_compared": found.share,
+        "weights": found.elements,
+        "compared": found.compared,
+        "not_compared": len(found.rest),
+        "differing": [
+            {
+                "tensor": each.name,
+                "part": each.part,
+                "reason": each.reason,
+                "relative_change": each.relative if isfinite(each.relative) else None,
+                "understood": not each.unknown,
+            }
+            for each in found.differing
+        ],
     }
 
 

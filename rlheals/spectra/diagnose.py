@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from rlheals.errors import UserError
-from rlheals.models.topology import select
+from rlheals.models.families import OUTSIDE
+from rlheals.models.topology import select, tables
 from rlheals.progress import Progress
 from rlheals.reporting.schemas import SCHEMAS, check
 from rlheals.spectra.angles import resolve_k
+from rlheals.spectra.coverage import Coverage, coverage
 from rlheals.spectra.function_question import SMALL_MODEL, function_drift_table, prompts_of
 from rlheals.spectra.gauge_question import GaugeQuestion, whole_layers
 from rlheals.spectra.head_question import HEADS, HeadQuestion, has_both
 from rlheals.spectra.matrix_question import MatrixQuestion
-from rlheals.spectra.reader import Weights, check_same
+from rlheals.spectra.reader import Weights, check_same, shared_name
 from rlheals.spectra.settings import Pair
 from rlheals.spectra.verdict import MAGNITUDE, ROTATION, Verdict, correct
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from rlheals.models.topology import Matrix
@@ -65,6 +67,7 @@ class Diagnosis:
         function_drift: schema ``function_drift``; empty where it was not asked for.
         left_out: tensor name → why it was not analysed.
         notes: sentences for the reader.
+        coverage: pair → what was not compared, and whether it differs; empty where it was not asked for.
     """
 
     spectra: pl.DataFrame
@@ -73,11 +76,19 @@ class Diagnosis:
     function_drift: pl.DataFrame
     left_out: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    coverage: Mapping[str, Coverage] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:
-        """Whether any matrix changed in a way that same-norm noise does not."""
-        return bool(self.verdicts["verdict"].is_in([ROTATION, MAGNITUDE]).any())
+        """Whether any matrix changed in a way that same-norm noise does not, or anything differs that was left out."""
+        drifted = bool(self.verdicts["verdict"].is_in([ROTATION, MAGNITUDE]).any())
+        return drifted or any(each.differing for each in self.coverage.values())
+
+    @property
+    def covered(self) -> list[str]:
+        """One sentence a pair on what the verdicts cover."""
+        named = len(self.coverage) > 1
+        return [f"{pair}: {each.text}" if named else each.text for pair, each in self.coverage.items()]
 
     def tables(self) -> dict[str, pl.DataFrame]:
         """Every table by the name of its schema."""
@@ -114,15 +125,26 @@ def diagnose(
     names = short_names([base, *tuned])
     models = dict(zip(names, [base, *tuned], strict=True))
     pairs = [Pair(names[0], name) for name in names[1:]]
-    wanted = small_enough(models.values()) if function is None else function
+    small = function is None and small_enough(models.values())
     # Before the long part: a mistake in the prompts must not cost its time.
-    encoded = prompts_of(base, prompts, settings) if wanted else {}
-    found = compare(models, pairs, settings, caches)
-    if not wanted:
-        note = "function drift was not measured (a model is 2 GiB or larger); --function switches it on."
-        return found if function is False else replace(found, notes=(*found.notes, note))
-    drift = function_drift_table(models, pairs, encoded, settings, caches.results, columns=NO_RUN)
+    encoded = prompts_of(base, prompts, settings) if function or (prompts and function is None) else None
+    found = compare(models, pairs, settings, caches, covered=True)
+    if function is False:
+        return found
+    if function is None and not small:
+        return _noted(found, "function drift was not measured (a model is 2 GiB or larger); --function switches it on.")
+    try:
+        encoded = prompts_of(base, None, settings) if encoded is None else encoded
+        drift = function_drift_table(models, pairs, encoded, settings, caches.results, columns=NO_RUN)
+    except UserError as error:
+        if function:
+            raise
+        return _noted(found, f"function drift was not measured: {error}")
     return replace(found, function_drift=drift)
+
+
+def _noted(found: Diagnosis, note: str) -> Diagnosis:
+    return replace(found, notes=(*found.notes, note))
 
 
 def compare(
@@ -131,6 +153,8 @@ def compare(
     settings: DiagnoseSettings,
     caches: Caches,
     columns: Mapping[str, Any] | None = None,
+    *,
+    covered: bool = False,
 ) -> Diagnosis:
     """Compare the weights of ``pairs`` of ``models``; no model is run.
 
@@ -140,6 +164,7 @@ def compare(
         settings: which matrices, and what is measured.
         caches: where decompositions and finished measures lie.
         columns: values of profile, model and seed in the tables; empty by default.
+        covered: also look whether what is not compared differs.
 
     Raises:
         UserError: a folder is unreadable, two models do not fit, nothing is selected, k exceeds a rank, a weight is
@@ -152,7 +177,10 @@ def compare(
         first = weights[pairs[0].reference]
         matrices = select(first.topology, settings.modules, settings.layers, embeddings=settings.embeddings)
         check_ks(settings, matrices, first)
-        rows = _Work(weights, pairs, settings, caches, dict(columns or NO_RUN)).run(matrices)
+        work = _Work(weights, pairs, settings, caches, dict(columns or NO_RUN))
+        rows = work.run(matrices)
+        rest = {pair.name: work.coverage(matrices, pair) for pair in pairs} if covered else {}
+        notes = tuple(note for model in weights.values() for note in _peculiarities(model))
     taken = {matrix.name for matrix in matrices}
     unselected = {each.name: "not selected" for each in first.topology.matrices if each.name not in taken}
     return Diagnosis(
@@ -161,7 +189,22 @@ def compare(
         gauge=stack(rows.gauge, "gauge", pairs),
         function_drift=pl.DataFrame(schema=SCHEMAS["function_drift"]),
         left_out={**first.topology.left_out, **unselected},
+        notes=notes,
+        coverage=rest,
     )
+
+
+def _peculiarities(weights: Weights) -> Iterator[str]:
+    """What a reader should know of how a folder was saved."""
+    if weights.renamed:
+        yield f"the names in {weights.path} begin with {weights.renamed!r}, which a wrapper left; it was ignored."
+    heads = [name for name in tables(weights.shapes, "head") if weights.tied]
+    embedding = next(iter(tables(weights.shapes, "embedding")), None)
+    if heads and embedding and weights.digest(heads[0]) != weights.digest(embedding):
+        yield (
+            f"the config of {weights.path} ties the head to the embedding, but another head is stored; loaders untie "
+            "the two, so set tie_word_embeddings to false to have the head analysed."
+        )
 
 
 def check_ks(settings: DiagnoseSettings, matrices: Sequence[Matrix], weights: Weights) -> None:
@@ -200,15 +243,18 @@ class _Work:
     def run(self, matrices: Sequence[Matrix]) -> _Rows:
         """All pairs of each matrix, then what needs several matrices at once."""
         rows = _Rows()
-        layers = whole_layers(matrices) if self.settings.gauge else []
+        first = self.weights[self.pairs[0].reference].topology
+        layers = whole_layers(matrices) if self.settings.gauge and first.gauged else []
         gauged = [pair for pair in self.pairs if not pair.rung]
-        heads = gauged if has_both(matrices) else []
+        heads = [pair for pair in gauged if not self.weights[pair.target].tied] if has_both(matrices) else []
         bar = Progress(
             "diagnose", len(matrices) * len(self.pairs) + len(heads) + len(layers) * len(gauged), unit="question"
         )
         for matrix in matrices:
             for pair in self.pairs:
-                self._matrix(matrix, pair, rows)
+                shared = self._shared(matrix, pair)
+                if shared is not None:
+                    self._matrix(shared, pair, rows)
                 bar.update(note=f"{pair.target}: {matrix.name}")
         for pair in heads:
             self._heads(pair, rows)
@@ -218,6 +264,20 @@ class _Work:
                 self._gauge(layer, parts, pair, rows)
                 bar.update(note=f"{pair.target}: gauge of layer {layer}")
         return rows
+
+    def coverage(self, matrices: Sequence[Matrix], pair: Pair) -> Coverage:
+        """What the pair's comparison leaves out."""
+        shared = [self._shared(matrix, pair) for matrix in matrices]
+        return coverage(*self._sides(pair), [matrix.name for matrix in shared if matrix is not None])
+
+    def _shared(self, matrix: Matrix, pair: Pair) -> Matrix | None:
+        """The matrix, or the rows of it that both models have; None where one has it tied to another."""
+        reference, target = self._sides(pair)
+        if matrix.kind not in OUTSIDE:
+            return matrix
+        if not (matrix.name in reference.shapes and matrix.name in target.shapes):
+            return None
+        return replace(matrix, name=shared_name(reference, target, matrix.name))
 
     def _matrix(self, matrix: Matrix, pair: Pair, rows: _Rows) -> None:
         question = MatrixQuestion(matrix, *self._sides(pair), self.settings.of(pair), self.caches.factors)
