@@ -49,6 +49,13 @@ def restore(
     modules: Annotated[str | None, typer.Option(help="Matrices, e.g. q_proj,v_proj; all of a block if absent.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Edit the embedding too.")] = False,
     head: Annotated[bool, typer.Option("--head", help="Edit the head too.")] = False,
+    everything: Annotated[
+        bool,
+        typer.Option("--everything", help="Edit every tensor: tables, norm scales and biases too; not with windows."),
+    ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Edit what is understood where other weights differ, too, and stay.")
+    ] = False,
     dose: Annotated[float, typer.Option(help="How far, where the operator has a dose: 1 is all the way.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
     official: Annotated[
@@ -78,7 +85,7 @@ def restore(
     from rlheals.restoration.grid import ModelSet
 
     shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
-    scope = _scope(layers, modules, embeddings, head)
+    scope = _scope(layers, modules, embeddings, head, everything)
     edit = _edit(reference, target, operator, basis, window, scope, dose, seed, official)
     _check_outputs(out, patch, dry_run, (reference, target))
     if patch is not None and not dry_run and not edit.dose:
@@ -86,7 +93,7 @@ def restore(
     folders = {edit.reference: reference, edit.target: target}
     store = factor_store(cache or default_cache(), cache_gib, device_named(device))
     with ModelSet(folders, store) as models:
-        planned = FolderEdit(edit, models)
+        planned = FolderEdit(edit, models, partial=partial)
         if dry_run:
             _tell_plan(planned, as_json)
             return
@@ -94,10 +101,14 @@ def restore(
     _tell(planned, out, patch, digest, as_json)
 
 
-def _scope(layers: str | None, modules: str | None, embeddings: bool, head: bool) -> Any:
+def _scope(layers: str | None, modules: str | None, embeddings: bool, head: bool, everything: bool) -> Any:
     from rlheals.models.topology import parse_layers, parse_modules
     from rlheals.restoration.edit import Scope
 
+    if everything and (layers is not None or modules is not None):
+        raise UserError("--everything takes every tensor; leave out --layers and --modules, or leave it out.")
+    if everything:
+        return Scope(everything=True)
     named = () if modules is None else parse_modules(modules)
     return Scope(named, None if layers is None else tuple(parse_layers(layers)), embeddings=embeddings, head=head)
 
@@ -216,10 +227,15 @@ def _tell(planned: FolderEdit, out: Path | None, patch: Path | None, digest: str
     from rlheals.restoration.folder_edit import relative_told
 
     changed = [change for change in planned.changes if change.relative]
+    left = planned.left
     if as_json:
         print_json(
             {
                 "recipe": planned.edit.recipe(),
+                "left_although_different": {
+                    each.name: {"part": each.part, "relative": each.relative if isfinite(each.relative) else None}
+                    for each in left.differing
+                },
                 "changed": {
                     c.name: {"relative": c.relative if isfinite(c.relative) else None, "defect": c.defect}
                     for c in changed
@@ -232,13 +248,15 @@ def _tell(planned: FolderEdit, out: Path | None, patch: Path | None, digest: str
         return
     largest = max(changed, key=lambda change: change.relative, default=None)
     typer.echo(
-        f"{planned.edit.cell_id}: {len(changed)} of {len(planned.target.shapes)} tensors changed"
+        f"{planned.edit.cell_id}: {len(planned.changed)} of {len(planned.target.shapes)} tensors changed"
         + (
             f", {largest.name} most (relative norm {relative_told(largest.relative)})"
             if largest
             else "; the edit changes nothing"
         )
     )
+    if left.differing:
+        typer.echo(f"left as they are although they differ: {', '.join(left.parts)}; --everything takes them too")
     for path in (out, patch):
         if path is not None:
             typer.echo(f"wrote {path}")

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NOT_A_MATRIX = "not a matrix"
 """How the reasons end that leave a tensor out because it is a vector or a kernel of a few numbers a channel."""
+BUFFER = "buffer that the model computes from its config, not a weight"
+"""Why tables such as masks and rotary frequencies are left out."""
+TIED = "the head is tied to the embedding"
+"""Why a head that is stored though it is the embedding is left out."""
 _DEFAULT_INITIALIZER_RANGE = 0.02  # of LlamaConfig, Qwen2Config and MllamaTextConfig in transformers
 _DEFAULT_ROPE_THETA = 10000.0
 _LAYER = re.compile(r"^(?P<stem>(?:.*?\.)?[A-Za-z_]\w*)\.(?P<layer>\d+)\.(?P<path>.+)$")
@@ -135,7 +139,7 @@ def read_topology(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]])
     stem, matrices, left_out, unknown = _sort_tensors(shapes, layers, family)
     tied = is_tied(config, shapes)
     if tied:
-        left_out |= {m.name: "the head is tied to the embedding" for m in matrices if m.kind == "head"}
+        left_out |= {m.name: TIED for m in matrices if m.kind == "head"}
         matrices = [matrix for matrix in matrices if matrix.kind != "head"]
     if family in PLAIN_ATTENTION:
         _check_heads(matrices, shapes, heads, kv_heads, head_size)

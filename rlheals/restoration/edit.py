@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlheals.errors import UserError
-from rlheals.models.topology import select
+from rlheals.models.topology import BUFFER, NOT_A_MATRIX, TIED, select, split_name
 from rlheals.restoration.windows import FULL, Window, band, ends, head, parse_window, tail
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ BY_ANGLES = ("directions", "rotate")
 """Operators that turn the vectors of a window by angles, as long as the window is not the whole rank of a matrix."""
 WINDOWLESS = ("swap", "interpolate", "reset", "noise", "round_trip")
 """Operators that take a tensor whole, and so have no window; elsewhere the window says which ranks are edited."""
+_ANY_SHAPE = ("swap", "interpolate", "reset", "noise")
 TURNING = ("rotate", "random_rotation")
 """Operators that turn a span by angles, which the span of all vectors does not have."""
 _SHARES = ("rotate", "interpolate", "remove_outside", "remove_inside")
 OFFICIAL = ("directions", "values", "swap")
 """Operators that the paper's released scripts have."""
 _LLAMA = ("llama", "mllama")
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,15 @@ class Scope:
         layers: decoder layers; None for all, empty for none.
         embeddings: the embedding too.
         head: the head too; where it is tied to the embedding either of the two flags takes the one matrix they share.
+        everything: every tensor of the files but buffers: matrices, tables, norm scales, biases, and what is not
+            understood. For edits that take tensors of any shape.
     """
 
     modules: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     embeddings: bool = False
     head: bool = False
+    everything: bool = False
 
     def names(self, topology: Topology, *, vectors: bool = False) -> tuple[str, ...]:
         """Names of the tensors in the scope, in the topology's order.
@@ -88,25 +91,30 @@ class Scope:
         Raises:
             UserError: a module or layer that the model does not have, or nothing is selected.
         """
-        outside = {"embedding": self.embeddings or (self.head and topology.tied), "head": self.head}
+        if self.everything:
+            return _all_tensors(topology)
+        tables = self.embeddings or (self.head and topology.tied)
+        outside = {"embedding": tables, "positions": self.embeddings, "head": self.head}
         taken = select(topology, self.modules or None, self.layers, embeddings=any(outside.values()))
         names = [m.name for m in taken if outside.get(m.kind, True) or m.module in self.modules]
         if vectors and not self.modules:
-            names += [name for name, reason in topology.left_out.items() if self._takes_vector(name, reason)]
+            names += [name for name, reason in topology.left_out.items() if self._takes_vector(topology, name, reason)]
         return tuple(names)
 
-    def _takes_vector(self, name: str, reason: str) -> bool:
+    def _takes_vector(self, topology: Topology, name: str, reason: str) -> bool:
         """Whether a tensor that is no matrix belongs to a whole layer of the scope, or is the last norm."""
-        if not reason.endswith("not a matrix"):
+        if not reason.endswith(NOT_A_MATRIX):
             return False
-        layer = _LAYER.search(name)
-        if layer:
-            return self.layers is None or int(layer[1]) in self.layers
+        layer = topology.layer_of(name)
+        if layer is not None:
+            return self.layers is None or layer in self.layers
         return self.layers is None and self.head
 
     @property
     def text(self) -> str:
-        """Short, file-name safe: ``all``, ``L0-1``, ``q+v.L0+emb``."""
+        """Short, file-name safe: ``all``, ``L0-1``, ``q+v.L0+emb``, ``everything``."""
+        if self.everything:
+            return "everything"
         modules = "+".join(module.removesuffix("_proj") for module in self.modules)
         layers = "" if self.layers is None else f"L{_ranges(self.layers)}" if self.layers else ""
         matrices = ".".join(part for part in (modules, layers) if part) or ("all" if self.layers is None else "")
@@ -159,6 +167,11 @@ class Edit:
     amounts: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.scope.everything and self.operator not in _ANY_SHAPE:
+            raise UserError(
+                f"{self.operator} edits matrices, but everything includes vectors and stacks of matrices; use one of "
+                f"{', '.join(_ANY_SHAPE)}, or name the parts to edit."
+            )
         if self.operator not in BASES:
             near = difflib.get_close_matches(self.operator, BASES, n=1, cutoff=0)[0]
             raise UserError(f"there is no edit {self.operator!r}, did you mean {near!r}? There are {', '.join(BASES)}.")
@@ -232,7 +245,10 @@ class Edit:
 
     def recipe(self) -> dict[str, Any]:
         """Everything that defines the edit, as JSON takes it; `from_recipe` reads it back."""
-        return asdict(self) | {"window": self.window.text}
+        recipe = asdict(self) | {"window": self.window.text}
+        if not self.scope.everything:
+            del recipe["scope"]["everything"]  # names of cells follow from the recipe and were given before it existed
+        return recipe
 
 
 def from_recipe(recipe: Mapping[str, Any]) -> Edit:
@@ -253,6 +269,13 @@ def from_recipe(recipe: Mapping[str, Any]) -> Edit:
         raise UserError(
             f"the recipe of an edit is incomplete or has an unknown entry ({error}); write it anew."
         ) from error
+
+
+def _all_tensors(topology: Topology) -> tuple[str, ...]:
+    """Every tensor of the files that is a weight, each once."""
+    matrices = [split_name(matrix.name)[0] for matrix in topology.matrices]
+    rest = [name for name, reason in topology.left_out.items() if reason not in (BUFFER, TIED)]
+    return tuple(dict.fromkeys([*matrices, *rest]))
 
 
 def _ranges(layers: tuple[int, ...]) -> str:

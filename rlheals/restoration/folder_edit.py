@@ -12,18 +12,22 @@ import torch
 
 from rlheals import __version__
 from rlheals.errors import UserError
+from rlheals.models.topology import split_name
 from rlheals.restoration.edit import DOSED, TURNING, WINDOWLESS, Edit
 from rlheals.restoration.job import length
 from rlheals.restoration.operators import Edited, Pair, apply_edit
 from rlheals.restoration.patch import Origin, identify
 from rlheals.restoration.plan import needs_factors
 from rlheals.restoration.tied import twins
+from rlheals.spectra.coverage import counterpart, coverage
+from rlheals.spectra.reader import common_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from rlheals.restoration.grid import ModelSet
+    from rlheals.spectra.coverage import Coverage
     from rlheals.spectra.reader import Weights
 
 
@@ -54,25 +58,56 @@ class FolderEdit:
         edit: what is done.
         names: tensors that may change, in the model's order; a tied head stored on its own is one of them when the
             embedding is.
-        changes: one entry for each tensor done so far.
+        changes: one entry for each tensor done so far; for each expert of a stack.
+        left: what stays as it is, and whether it differs from the reference.
     """
 
-    def __init__(self, edit: Edit, models: ModelSet) -> None:
+    def __init__(self, edit: Edit, models: ModelSet, *, partial: bool = False) -> None:
         """Plan the edit.
+
+        Args:
+            edit: what is done.
+            models: reference and target.
+            partial: go on where weights that differ are not understood, and so stay as they are.
 
         Raises:
             UserError: the scope names a module or layer that the model does not have, or selects nothing; the window
-                holds no rank of any matrix, or all of one whose vectors are to be turned; see also
-                `rlheals.restoration.tied.twins`.
+                holds no rank of any matrix, or all of one whose vectors are to be turned; weights that differ are not
+                understood; see also `rlheals.restoration.tied.twins`.
         """
         self.edit, self._models = edit, models
         self.target: Weights = models.weights[edit.target]
         self.reference: Weights = models.weights[edit.reference]
-        chosen = edit.names(self.target.topology)
-        self._twins = twins(self.target, chosen)
-        self.names = tuple(name for name in self.target.shapes if name in chosen or name in self._twins)
+        self._in_reference: dict[str, str] = {}
+        self._parts = self._parts_of(edit.names(self.target.topology))
+        self._twins = twins(self.target, self._parts)
+        self.names = tuple(name for name in self.target.shapes if name in self._parts or name in self._twins)
         self.changes: list[Change] = []
         self._check_window()
+        self.left = coverage(self.reference, self.target, self._all_parts())
+        if self.left.unknown and not partial:
+            raise UserError(_not_understood(self.left))
+
+    def _parts_of(self, chosen: Sequence[str]) -> dict[str, list[str]]:
+        """The tensors of the file that change, and what of each: the whole, the rows both models have, or experts."""
+        parts: dict[str, list[str]] = {}
+        for name in chosen:
+            tensor = split_name(name)[0]
+            other = counterpart(self.reference, self.target, tensor)
+            if other is None:
+                continue
+            sides = common_rows(self.reference, self.target, other, tensor) if name == tensor else (name, name)
+            self._in_reference[sides[1]] = sides[0]
+            parts.setdefault(tensor, []).append(sides[1])
+        return parts
+
+    def _all_parts(self) -> list[str]:
+        return [part for parts in self._parts.values() for part in parts]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The tensors of the file that were edited so far and came out different."""
+        return tuple(dict.fromkeys(split_name(change.name)[0] for change in self.changes if change.relative))
 
     def edited(self, name: str) -> Edited | None:
         """The edited tensor; None outside the scope.
@@ -83,18 +118,31 @@ class FolderEdit:
         if name not in self.names:
             return None
         source = self._twins.get(name, name)
-        views = [self._models.view(model, source) for model in (self.edit.reference, self.edit.target)]
-        if needs_factors(self.edit) and len(self.target.shapes[name]) == 2:
+        parts = self._parts[source]
+        if parts == [source]:
+            return self._edited_part(source, name)
+        whole = self.target.tensor(source)
+        done = [(part, self._edited_part(part, part.replace(source, name, 1))) for part in parts]
+        for part, edited in done:
+            _, place, rows = split_name(part)
+            whole[place if place is not None else slice(rows)] = edited.tensor
+        norm = math.hypot(*(edited.change_norm for _, edited in done))
+        return Edited(whole, max(edited.orthogonality_defect for _, edited in done), norm)
+
+    def _edited_part(self, part: str, name: str) -> Edited:
+        """One matrix, table or vector, told as ``name``."""
+        sides = {self.edit.reference: self._in_reference[part], self.edit.target: part}
+        views = [self._models.view(*side) for side in sides.items()]
+        if needs_factors(self.edit) and len(self.target.shapes[part]) == 2:
             for view in views:  # decomposing takes most of the memory, so it is done while no weight is held
                 view.factors()
-        done = apply_edit(self.edit, Pair(*views), name=source)
+        done = apply_edit(self.edit, Pair(*views), name=part)
         if not math.isfinite(done.change_norm):
             raise UserError(
-                f"{self.edit.operator} makes numbers of {name} that {self.target.dtypes[name]} cannot hold; edit by a "
+                f"{self.edit.operator} makes numbers of {name} that {self.target.dtypes[part]} cannot hold; edit by a "
                 "smaller dose, or leave this tensor out."
             )
-        relative = self._relative(source, done.change_norm)
-        self.changes.append(self._change(name, relative, done.orthogonality_defect))
+        self.changes.append(self._change(name, self._relative(part, done.change_norm), done.orthogonality_defect))
         return done
 
     def _relative(self, name: str, change_norm: float) -> float:
@@ -107,14 +155,14 @@ class FolderEdit:
         window, operator = self.edit.window, self.edit.operator
         if operator in WINDOWLESS or window.is_full:
             return
-        ranks = {name: min(self.target.shapes[name]) for name in self.names}
-        widths = {name: self._width(name) for name in self.names}
+        ranks = {part: min(self.target.shapes[part]) for part in self._all_parts()}
+        widths = {part: self._width(part) for part in ranks}
         if not any(widths.values()):
             raise UserError(
                 f"the window {window.text} holds no rank of any matrix in the scope, whose ranks go up to "
                 f"{max(ranks.values())}; give another window."
             )
-        whole = [name for name in self.names if widths[name] == ranks[name]]
+        whole = [part for part in ranks if widths[part] == ranks[part]]
         if whole and operator in TURNING:
             raise UserError(
                 f"{operator} turns a part of the singular vectors, but {window.text} takes all {ranks[whole[0]]} of "
@@ -128,8 +176,13 @@ class FolderEdit:
     def planned(self) -> list[Change]:
         """What would be done, without an edit being made; the figures are not known yet."""
         takes_whole = self.edit.operator in WINDOWLESS
-        names = [name for name in self.names if takes_whole or self._width(name)]
-        return [self._change(name, math.nan, math.nan) for name in names]
+        named = [(name, part) for name in self.names for part in self._parts[self._twins.get(name, name)]]
+        told = [
+            part.replace(self._twins.get(name, name), name, 1)
+            for name, part in named
+            if takes_whole or self._width(part)
+        ]
+        return [self._change(name, math.nan, math.nan) for name in told]
 
     def origin(self) -> Origin:
         """What a patch of this edit says of itself."""
@@ -142,6 +195,15 @@ class FolderEdit:
             spans = [f"{span.start}-{span.stop}" for span in self.edit.window.spans(min(shape))]
             ranks = f"{', '.join(spans) or 'none'} of {min(shape)}"
         return Change(name, shape, ranks, relative, defect)
+
+
+def _not_understood(left: Coverage) -> str:
+    share = sum(each.elements for each in left.unknown) / max(1, left.elements)
+    return (
+        f"{len(left.unknown)} tensors that differ are of kinds that rlheals does not understand, such as "
+        f"{left.unknown[0].name} ({100 * share:.2g} % of the weights), so the edit would give back a part of the model "
+        "only; say --partial to do so all the same, or take every tensor with --everything (swap, interpolate, reset)."
+    )
 
 
 def model_names(reference: Path, target: Path) -> tuple[str, str]:
@@ -167,7 +229,12 @@ def command(edit: Edit) -> str:
         options["dose"] = repr(edit.dose)
     if edit.seed:
         options["seed"] = str(edit.seed)
-    flags = {"embeddings": scope.embeddings, "head": scope.head, "official": edit.official}
+    flags = {
+        "embeddings": scope.embeddings,
+        "head": scope.head,
+        "everything": scope.everything,
+        "official": edit.official,
+    }
     words = ["rlheals", "restore", "BASE", "TARGET"]
     words += [word for name, value in options.items() for word in (f"--{name}", value)]
     return shlex.join([*words, *(f"--{name}" for name, given in flags.items() if given), "--out", "DIR"])
@@ -187,7 +254,7 @@ def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
             *_front(title),
             f"The weights of `{edit.target}`, edited towards those of `{edit.reference}` without training, by rlheals "
             f"{__version__} with torch {torch.__version__}. The edit is `{edit.operator}` ({edit.basis}), ranks "
-            f"`{edit.window.text}`; {len(changed)} of {len(done.target.shapes)} tensors changed"
+            f"`{edit.window.text}`; {len(done.changed)} of {len(done.target.shapes)} tensors changed"
             + (f", at most by {100 * most:.3g} % (relative Frobenius norm)" if most else "")
             + (", some from all zeros." if math.inf in changed else "."),
             "",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlheals.models.topology import NOT_A_MATRIX, split_name, tables
-from rlheals.spectra.reader import shared_name
+from rlheals.spectra.reader import common_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 ADDED_ROWS = "rows that only one of the two models has"
 NOT_SELECTED = "not selected"
-_BLOCK = 1 << 20
 _PLURAL = {
     "norm scale": "norm scales", "bias": "biases", "embedding": "embedding", "head": "head",
     "positions": "position tables", "gate or other vector": "gates and other vectors",
@@ -151,9 +150,9 @@ def _uncompared(reference: Weights, target: Weights, done: set[str], whole: set[
         if name in reference.shapes and name in target.shapes:
             yield from _in_both(reference, target, name, done)
         elif name in target.shapes:
-            yield _row(reference, target, _rows_of(reference, target, theirs, name), name, theirs)
+            yield _row(reference, target, common_rows(reference, target, theirs, name), name, theirs)
         else:
-            yield _row(reference, target, _rows_of(reference, target, name, theirs), theirs, name)
+            yield _row(reference, target, common_rows(reference, target, name, theirs), theirs, name)
 
 
 def counterpart(reference: Weights, target: Weights, name: str) -> str | None:
@@ -182,7 +181,7 @@ def _copies(weights: Weights) -> list[str]:
 
 
 def _in_both(reference: Weights, target: Weights, name: str, done: set[str]) -> Iterator[Uncompared]:
-    shared = shared_name(reference, target, name)
+    shared, _ = common_rows(reference, target, name, name)
     stacked = [f"{name}[{place}]" for place in range(target.shapes[name][0])]
     for part in stacked if done.intersection(stacked) else [shared]:
         if part not in done:
@@ -191,12 +190,6 @@ def _in_both(reference: Weights, target: Weights, name: str, done: set[str]) -> 
         rows = reference.shapes[name][0] - target.shapes[name][0]
         added = abs(rows) * math.prod(target.shapes[name][1:])
         yield Uncompared(name, "added rows", ADDED_ROWS, added, False, 0.0, 0.0, unknown=False)
-
-
-def _rows_of(reference: Weights, target: Weights, before: str, after: str) -> tuple[str, str]:
-    """The rows that a table of the reference and one of the target both have."""
-    rows = min(reference.shapes[before][0], target.shapes[after][0])
-    return f"{before}[:{rows}]", f"{after}[:{rows}]"
 
 
 def _row(reference: Weights, target: Weights, sides: tuple[str, str], name: str, other: str) -> Uncompared:
@@ -224,12 +217,12 @@ def _change(reference: Weights, target: Weights, before: str, after: str) -> tup
     """Norms of the change and of the reference; (0, 0) where the target is the reference, stored in its own type."""
     if reference.digest(before) == target.digest(after):
         return 0.0, 0.0
-    old, new = reference.tensor(before).flatten(), target.tensor(after).flatten()
-    blocks = list(zip(torch.split(old, _BLOCK), torch.split(new, _BLOCK), strict=True))
-    if all(torch.equal(ours.to(theirs.dtype), theirs) for ours, theirs in blocks):
-        return 0.0, 0.0
-    change = math.hypot(*(float((theirs.double() - ours.double()).norm()) for ours, theirs in blocks))
-    return change, math.hypot(*(float(ours.double().norm()) for ours, _ in blocks))
+    equal, change, norm = True, 0.0, 0.0
+    for old, new in zip(reference.blocks(before), target.blocks(after), strict=True):
+        equal = equal and torch.equal(old.to(new.dtype), new)
+        change = math.hypot(change, float((new.double() - old.double()).norm()))
+        norm = math.hypot(norm, float(old.double().norm()))
+    return (0.0, 0.0) if equal else (change, norm)
 
 
 def _told(part: str, members: list[Uncompared]) -> str:

@@ -24,7 +24,7 @@ from rlheals.spectra.function_question import SMALL_MODEL, function_drift_table,
 from rlheals.spectra.gauge_question import GaugeQuestion, whole_layers
 from rlheals.spectra.head_question import HEADS, HeadQuestion, has_both
 from rlheals.spectra.matrix_question import MatrixQuestion
-from rlheals.spectra.reader import Weights, check_same, shared_name
+from rlheals.spectra.reader import Weights, check_same, common_rows
 from rlheals.spectra.settings import Pair
 from rlheals.spectra.verdict import MAGNITUDE, ROTATION, Verdict, correct
 
@@ -277,7 +277,7 @@ class _Work:
             return matrix
         if not (matrix.name in reference.shapes and matrix.name in target.shapes):
             return None
-        return replace(matrix, name=shared_name(reference, target, matrix.name))
+        return replace(matrix, name=common_rows(reference, target, matrix.name, matrix.name)[0])
 
     def _matrix(self, matrix: Matrix, pair: Pair, rows: _Rows) -> None:
         question = MatrixQuestion(matrix, *self._sides(pair), self.settings.of(pair), self.caches.factors)

@@ -39,7 +39,7 @@ from rlheals.models.checkpoint import (
 )
 from rlheals.models.families import setting
 from rlheals.models.folders import check_names
-from rlheals.models.topology import Topology, is_tied, read_topology, split_name, tables, text_config
+from rlheals.models.topology import BUFFER, Topology, is_tied, read_topology, split_name, tables, text_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,8 +56,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-BUFFER = "buffer that the model computes from its config, not a weight"
-"""Why tables such as masks and rotary frequencies are left out."""
 _T = TypeVar("_T")
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its header, little-endian
 _LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
@@ -180,6 +178,21 @@ class Weights:
             check_finite({name: values[start : start + _BLOCK]}, str(entry.path))
         return values.reshape(entry.shape)
 
+    def blocks(self, name: str, numbers: int = _BLOCK // 4) -> Iterator[Tensor]:
+        """The numbers of tensor ``name``, or of a slice of one, flat and so many at a time, without holding the tensor.
+
+        Raises:
+            UserError: as `tensor`.
+        """
+        entry = self._entry(name)
+        size = DTYPES[entry.dtype].itemsize
+        for start in range(0, entry.size, numbers * size):
+            buffer = torch.empty(min(numbers * size, entry.size - start), dtype=torch.uint8)
+            _fill(entry, buffer.numpy().data, start)
+            values = buffer.view(DTYPES[entry.dtype])
+            check_finite({name: values}, str(entry.path))
+            yield values
+
     def _entry(self, name: str) -> _Entry:
         """Where a tensor lies, or one of the slices along its first axis."""
         if name in self._entries:
@@ -240,13 +253,16 @@ def check_same(base: Weights, tuned: Weights) -> None:
         )
 
 
-def shared_name(base: Weights, tuned: Weights, name: str) -> str:
-    """What to read of tensor ``name`` where it stands in both folders: all of it, or the rows that both have.
+def common_rows(reference: Weights, target: Weights, before: str, after: str) -> tuple[str, str]:
+    """What to read of tensor ``before`` of one folder and ``after`` of another: all of them, or the rows both have.
 
-    >>> # an embedding of 32,000 rows and one of 32,002: "model.embed_tokens.weight[:32000]"
+    Of an embedding with 32,000 rows and one with 32,002: ``model.embed_tokens.weight[:32000]``.
     """
-    ours, theirs = base.shapes[name], tuned.shapes[name]
-    return name if ours == theirs else f"{name}[:{min(ours[0], theirs[0])}]"
+    ours, theirs = reference.shapes[before], target.shapes[after]
+    if ours == theirs:
+        return before, after
+    rows = min(ours[0], theirs[0])
+    return f"{before}[:{rows}]", f"{after}[:{rows}]"
 
 
 def _config_differences(base: Weights, tuned: Weights) -> list[str]:
