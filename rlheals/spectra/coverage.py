@@ -136,8 +136,13 @@ def _wholly(weights: Weights, done: set[str]) -> set[str]:
     parts: dict[str, int] = defaultdict(int)
     for name in done:
         tensor, place, rows = split_name(name)
-        parts[tensor] += 0 if rows is not None else 1 if place is not None else weights.shapes[tensor][0]
-    return {tensor for tensor, count in parts.items() if count >= weights.shapes[tensor][0]}
+        parts[tensor] += 0 if rows is not None else 1 if place is not None else _length(weights, tensor)
+    return {tensor for tensor, count in parts.items() if count >= _length(weights, tensor)}
+
+
+def _length(weights: Weights, tensor: str) -> int:
+    """Entries along the first axis; 1 of a single number."""
+    return next(iter(weights.shapes[tensor]), 1)
 
 
 def _uncompared(reference: Weights, target: Weights, done: set[str], whole: set[str]) -> Iterator[Uncompared]:
@@ -182,7 +187,7 @@ def _copies(weights: Weights) -> list[str]:
 
 def _in_both(reference: Weights, target: Weights, name: str, done: set[str]) -> Iterator[Uncompared]:
     shared, _ = common_rows(reference, target, name, name)
-    stacked = [f"{name}[{place}]" for place in range(target.shapes[name][0])]
+    stacked = [f"{name}[{place}]" for place in range(_length(target, name))]
     for part in stacked if done.intersection(stacked) else [shared]:
         if part not in done:
             yield _row(reference, target, (part, part), part, part)

@@ -7,13 +7,13 @@ results; only for the rest are factors made (once for each distinct tensor) and 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, first_line
 from rlheals.models.families import OUTSIDE
 from rlheals.models.topology import select, tables
 from rlheals.progress import Progress
@@ -134,13 +134,28 @@ def diagnose(
     if function is None and not small:
         return _noted(found, "function drift was not measured (a model is 2 GiB or larger); --function switches it on.")
     try:
-        encoded = prompts_of(base, None, settings) if encoded is None else encoded
-        drift = function_drift_table(models, pairs, encoded, settings, caches.results, columns=NO_RUN)
+        with _told():
+            encoded = prompts_of(base, None, settings) if encoded is None else encoded
+            drift = function_drift_table(models, pairs, encoded, settings, caches.results, columns=NO_RUN)
     except UserError as error:
         if function:
             raise
         return _noted(found, f"function drift was not measured: {error}")
     return replace(found, function_drift=drift)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell what a model's own code raises, of which transformers has some hundred kinds, as a `UserError`."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the models could not be run on texts ({type(error).__name__}: {first_line(error)}); leave function drift "
+            "out (--no-function)."
+        ) from error
 
 
 def _noted(found: Diagnosis, note: str) -> Diagnosis:
