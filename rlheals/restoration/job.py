@@ -175,6 +175,7 @@ def length(tensor: Tensor) -> float:
 
 def _differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
     wide = torch.float64 if one.dtype == torch.float64 else torch.float32
+    one, other = (each.reshape(1) if each.ndim == 0 else each for each in (one, other))
     rows = max(1, _CACHED // max(1, one[:1].numel()))
     for start in range(0, len(one), rows):
         yield one[start : start + rows].to(wide) - other[start : start + rows].to(wide)
