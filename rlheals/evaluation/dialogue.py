@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlheals.errors import UserError
+from rlheals.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,11 +94,18 @@ class Dialogue:
         """Text of a chat that starts with the user and alternates; it ends with the generation prompt if due."""
         roles = ("user", "assistant")
         messages = [{"role": roles[place % 2], "content": turn} for place, turn in enumerate(turns)]
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=len(turns) % 2 == 1, date_string=FIXED_DATE
+        due = len(turns) % 2 == 1
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=due, date_string=FIXED_DATE
+                )
             )
-        )
+        except Exception as error:  # templates are programs: they raise what they like
+            raise UserError(
+                f"{self._where()} cannot write a chat of {len(turns)} turns that the user begins "
+                f"({type(error).__name__}: {first_line(error)}); repair chat_template.jinja, or take that of the base."
+            ) from error
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]

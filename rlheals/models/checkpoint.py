@@ -44,11 +44,11 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
             config that cannot be read.
     """
     check_digests(path)
-    check_files(path)
+    buffers = check_files(path)
     skeleton(path)  # before the weights are read: a config that describes no model is told as such
     generation = generation_config(path)
     model, loaded = _from_pretrained(path, dtype)
-    _check_loaded(loaded, str(path))
+    _check_loaded(loaded, buffers, str(path))
     check_finite(model.state_dict(), str(path))
     model.generation_config = generation  # the library's own has nothing of a composite config's text model
     return model.to(device).eval()
@@ -74,8 +74,8 @@ def _from_pretrained(path: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
     return model, loaded
 
 
-def _check_loaded(loaded: Mapping[str, Any], where: str) -> None:
-    """Check that every tensor of the model came from the files, and every tensor of the files went into the model.
+def _check_loaded(loaded: Mapping[str, Any], buffers: set[str], where: str) -> None:
+    """Check that every tensor of the model came from the files, and every one of the files but buffers went into it.
 
     Raises:
         UserError: naming ``where`` and the tensors that are missing, unexpected or of another shape.
@@ -83,7 +83,7 @@ def _check_loaded(loaded: Mapping[str, Any], where: str) -> None:
     shapes = [
         f"{name} has shape {list(found)}, not {list(wanted)}" for name, found, wanted in loaded["mismatched_keys"]
     ]
-    unexpected = sorted(name for name in loaded["unexpected_keys"] if not is_buffer(name))
+    unexpected = sorted(name for name in loaded["unexpected_keys"] if name not in buffers)
     _raise_problems(sorted(loaded["missing_keys"]), unexpected, sorted(shapes), where)
 
 
@@ -215,22 +215,26 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def check_files(path: Path) -> None:
+def check_files(path: Path) -> set[str]:
     """Check the headers of a folder's weight files, without reading a weight.
+
+    Returns:
+        The tensors that are buffers, see `is_buffer`.
 
     Raises:
         UserError: as `weight_files`; a file is truncated or corrupted, a weight is quantised, an adapter is not merged,
             or a sharded index disagrees with its files.
     """
-    names: set[str] = set()
+    dtypes: dict[str, str] = {}
     for file in weight_files(path):
         with _readable(file), safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  not a dict
-                check_floating(file, name, weights.get_slice(name).get_dtype())
-                names.add(name)
-    check_names(path, sorted(names))
+                dtypes[name] = weights.get_slice(name).get_dtype()
+                check_floating(file, name, dtypes[name])
+    check_names(path, sorted(dtypes))
     if (path / INDEX).is_file():
-        check_index(path, names)
+        check_index(path, set(dtypes))
+    return {name for name, dtype in dtypes.items() if is_buffer(name, dtype)}
 
 
 def is_buffer(name: str, dtype: str = "F32") -> bool:

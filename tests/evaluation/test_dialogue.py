@@ -100,3 +100,17 @@ def test_a_template_without_the_end_token_is_refused() -> None:
     tokenizer.eos_token = "<|endoftext|>"
     with pytest.raises(UserError, match=r"does not end a response with the tokenizer's end token '<.endoftext.>'"):
         Dialogue(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0]['content'] ",
+        "{{ raise_exception('the system role is not supported') }}",
+        "{{ messages | no_such_filter }}",
+        "{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}{{ messages[0]['content'] }}",
+    ],
+)
+def test_templates_that_fail_are_one_sentence(template: str) -> None:
+    with pytest.raises(UserError, match=r"cannot write a chat of \d turns .* repair chat_template.jinja"):
+        Dialogue(tokenizer_with(template))
