@@ -11,10 +11,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from rlheals.models.topology import NOT_A_MATRIX, split_name, tables
 from rlheals.spectra.reader import common_rows
+from rlheals.spectra.rounding import rounding_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -219,15 +218,16 @@ def _what(weights: Weights, name: str) -> tuple[str, str, bool]:
 
 
 def _change(reference: Weights, target: Weights, before: str, after: str) -> tuple[float, float]:
-    """Norms of the change and of the reference; (0, 0) where the target is the reference, stored in its own type."""
+    """Norms of the change and of the reference; (0, 0) where the two are equal, but for rounding of the reference."""
     if reference.digest(before) == target.digest(after):
         return 0.0, 0.0
-    equal, change, norm = True, 0.0, 0.0
+    change = norm = 0.0
     for old, new in zip(reference.blocks(before), target.blocks(after), strict=True):
-        equal = equal and torch.equal(old.to(new.dtype), new)
         change = math.hypot(change, float((new.double() - old.double()).norm()))
         norm = math.hypot(norm, float(old.double().norm()))
-    return (0.0, 0.0) if equal else (change, norm)
+    if change and rounding_of(zip(reference.blocks(before), target.blocks(after), strict=True)).type:
+        return 0.0, 0.0
+    return change, norm
 
 
 def _told(part: str, members: list[Uncompared]) -> str:

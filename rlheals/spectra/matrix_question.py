@@ -18,7 +18,8 @@ from rlheals.spectra.norms import frobenius
 from rlheals.spectra.nulls import random_subspace_bands, same_norm_bands
 from rlheals.spectra.random_law import looks_untrained, norm_fits
 from rlheals.spectra.results import Finding
-from rlheals.spectra.verdict import judge, rounding_norm, unchanged
+from rlheals.spectra.rounding import rounding_of
+from rlheals.spectra.verdict import judge, unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rlheals.spectra.nulls import Band
     from rlheals.spectra.reader import Weights
     from rlheals.spectra.results import ResultCache
+    from rlheals.spectra.rounding import Rounding
     from rlheals.spectra.settings import DiagnoseSettings
     from rlheals.spectra.store import FactorStore
 
@@ -47,8 +49,6 @@ COLUMNS: dict[str, type[pl.DataType]] = {
     "noise_high": pl.Float64,
 }
 """The columns of schema ``spectra`` that a matrix decides; the others say which matrix of which pair it is."""
-BLOCK = 1 << 22
-"""Elements that are looked at together where a whole matrix would need too many copies."""
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,10 @@ class MatrixQuestion:
         change = self.target.tensor(self.matrix.name).to(torch.float32)
         return change.sub_(self.reference.tensor(self.matrix.name))
 
-    def _rounding(self) -> float:
-        """Frobenius norm of the rounding that storing the coarser of the two has cost.
-
-        0 for equal types: what differs there was changed, be it in a few entries only, as RL in bfloat16 does.
-        """
-        names = (self.reference.dtypes[self.matrix.name], self.target.dtypes[self.matrix.name])
-        if names[0] == names[1]:
-            return 0.0
-        dtype = max((getattr(torch, name) for name in names), key=lambda each: torch.finfo(each).eps)
-        weight = self.reference.tensor(self.matrix.name).flatten()
-        return math.hypot(*(rounding_norm(block, dtype) for block in torch.split(weight, BLOCK)))
+    def _rounding(self) -> Rounding:
+        """What storing the reference in a coarser type explains of the change."""
+        sides = (weights.blocks(self.matrix.name) for weights in (self.reference, self.target))
+        return rounding_of(zip(*sides, strict=True))
 
     def _untrained_both(self, results: ResultCache) -> dict[str, str]:
         """The warning for both sides, which hold the same bytes."""

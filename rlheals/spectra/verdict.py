@@ -25,12 +25,12 @@ from scipy.special import airy
 from scipy.stats import beta
 
 from rlheals.spectra.clusters import stretch_coordinates
+from rlheals.spectra.rounding import NONE as NO_ROUNDING
+from rlheals.spectra.rounding import Rounding
 from rlheals.stats import holm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from rlheals.spectra.drift import Measure
     from rlheals.spectra.factors import FactorView
@@ -42,8 +42,6 @@ MAGNITUDE = "magnitude change"
 VERDICTS = (UNCHANGED, NOISE, ROTATION, MAGNITUDE)
 
 SIGNIFICANCE = 0.05
-ROUNDING_SLACK = 1.1
-"""How far above the expected rounding error's norm a change still counts as rounding."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +70,28 @@ def unchanged(reason: str, relative_change: float = 0.0, stretch_share: float = 
     return Verdict(UNCHANGED, reason, None, None, relative_change, stretch_share)
 
 
-def judge(measures: Sequence[Measure], base: FactorView, rounding: float = 0.0) -> Verdict:
+def judge(measures: Sequence[Measure], base: FactorView, rounding: Rounding = NO_ROUNDING) -> Verdict:
     """The verdict on one matrix by itself; `correct` a family of them before reporting several.
 
     Args:
         measures: what `rlheals.spectra.drift.measure` found.
         base: decomposition of W, for its shape and degenerate groups.
-        rounding: Frobenius norm of the storage type's rounding error, from `rounding_norm`.
+        rounding: what storing W in a coarser type explains of the change.
     """
     values = {(measure.quantity, measure.k): measure.value for measure in measures if measure.index is None}
     relative, share = values["relative_change", None], values["stretch_share", None]
     norm = relative * float(torch.linalg.vector_norm(base.values)) if math.isfinite(relative) else math.inf
     if norm == 0.0:
         return unchanged("bit-identical")
-    if norm <= ROUNDING_SLACK * rounding:
-        text = f"‖ΔW‖_F = {norm:.3g} is within the storage type's rounding, {rounding:.3g}"
-        return unchanged(text, relative, share)
+    if rounding.type:
+        return unchanged(f"every number is the reference's, rounded to {rounding.type}", relative, share)
     tests = _tests(values, base)
     p_value, test = min(tests)
     corrected = min(1.0, p_value * len(tests))
-    return Verdict(_decide(corrected, share), f"{test}, {_p_text(corrected)}", corrected, corrected, relative, share)
+    told = f"{test}, {_p_text(corrected)}"
+    if rounding.share is not None:
+        told += f"; rounding alone makes {rounding.share:.2g} of the change's norm"
+    return Verdict(_decide(corrected, share), told, corrected, corrected, relative, share)
 
 
 def correct(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -168,15 +168,3 @@ def tracy_widom_tail(s: float) -> float:
         return 1.0
     integral, _ = quad(lambda x: airy(x)[0] + (x - s) * airy(x)[0] ** 2, s, s + 25, epsabs=0.0)
     return -math.expm1(-0.5 * float(integral))
-
-
-def rounding_norm(weight: Tensor, dtype: torch.dtype) -> float:
-    """Expected ‖error‖_F of rounding ``weight`` to a floating-point type: one unit in the last place over √12 an entry.
-
-    Source: the uniform model of rounding errors (Higham, Accuracy and Stability of Numerical Algorithms, 2.8).
-    """
-    _, exponents = torch.frexp(weight.to(torch.float32))
-    lowest = math.log2(torch.finfo(dtype).smallest_normal) + 1
-    steps = torch.exp2(exponents.to(torch.float32).clamp(min=lowest) - 1) * torch.finfo(dtype).eps
-    steps = torch.where(weight == 0, torch.zeros_like(steps), steps)
-    return float(torch.linalg.vector_norm(steps, dtype=torch.float64)) / math.sqrt(12)

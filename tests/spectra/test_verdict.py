@@ -19,7 +19,6 @@ from rlheals.spectra.verdict import (
     correct,
     energy_tail,
     judge,
-    rounding_norm,
     spectral_norm_tail,
     tracy_widom_tail,
     unchanged,
@@ -29,9 +28,9 @@ from tests.spectra.planted import noise, plane_turn
 SETTINGS = MeasureSettings(ks=(0.125, 0.25, 0.5), parts=())
 
 
-def verdict_on(base, tuned, rounding=0.0):
+def verdict_on(base, tuned):
     view = MemoryFactors.of(base)
-    return judge(measure(view, MemoryFactors.of(tuned), tuned - base, SETTINGS), view, rounding)
+    return judge(measure(view, MemoryFactors.of(tuned), tuned - base, SETTINGS), view)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 30)])
@@ -100,18 +99,6 @@ def test_a_smooth_turn_within_the_leading_block_is_a_rotation():
     found = verdict_on(base, (left @ turn * values) @ right)
     assert found.verdict == ROTATION
     assert "block_share (k = 16)" in found.test
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rounding_to_the_storage_type_is_no_change(dtype):
-    base = 0.02 * noise(40, 60, 0)
-    tuned = base.to(dtype).double()
-    expected = rounding_norm(base, dtype)
-    assert float((tuned - base).norm()) == pytest.approx(expected, rel=0.05)
-    found = verdict_on(base, tuned, expected)
-    assert found.verdict == UNCHANGED
-    assert "rounding" in found.test
-    assert verdict_on(base, base + 3 * (tuned - base), expected).verdict != UNCHANGED
 
 
 def test_holm_weakens_verdicts_over_a_family():
