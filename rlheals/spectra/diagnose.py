@@ -195,7 +195,7 @@ def compare(
         work = _Work(weights, pairs, settings, caches, dict(columns or NO_RUN))
         rows = work.run(matrices)
         rest = {pair.name: work.coverage(matrices, pair) for pair in pairs} if covered else {}
-        notes = tuple(note for model in weights.values() for note in _peculiarities(model))
+        notes = (*rows.notes, *(note for model in weights.values() for note in _peculiarities(model)))
     taken = {matrix.name for matrix in matrices}
     unselected = {each.name: "not selected" for each in first.topology.matrices if each.name not in taken}
     return Diagnosis(
@@ -243,6 +243,7 @@ class _Rows:
     spectra: list[pl.DataFrame] = field(default_factory=list)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     gauge: list[pl.DataFrame] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,8 @@ class _Work:
         if not question.same:
             found = self.caches.results.finding(question.decides(), question.answer)
             rows.gauge.append(label(found.table, {**self.columns, "pair": pair.name, "layer": layer}, "gauge"))
+            for block, reason in found.facts["undefined"].items():
+                rows.notes.append(f"{pair.target}, layer {layer}: the gauge of {block} is undefined, as {reason}.")
 
     def _sides(self, pair: Pair) -> tuple[Weights, Weights]:
         return self.weights[pair.reference], self.weights[pair.target]

@@ -94,10 +94,13 @@ def gauge_drift(
         seed: of the draws.
 
     Returns:
-        Rows by block, head and quantity.
+        Rows by block, head and quantity; none of a block that `undefined_blocks` names.
     """
     rows = []
+    undefined = undefined_blocks(base, tuned, topology, layer)
     for block in present_blocks(base, topology, layer):
+        if block in undefined:
+            continue
         measured = measure_block(block, base, tuned, topology)
         rows += [
             GaugeRow(layer, block, head, quantity, value)
@@ -105,6 +108,29 @@ def gauge_drift(
             for quantity, value in zip(QUANTITIES, values, strict=True)
         ]
     return _with_bands(rows, base, tuned, topology, layer, draws, seed) if draws > 1 else rows
+
+
+def undefined_blocks(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], topology: Topology, layer: int
+) -> dict[str, str]:
+    """Blocks with a factor that is all zero in a model, and which: their product is zero whatever the other factor is.
+
+    Args:
+        base: as for `gauge_drift`.
+        tuned: as for `gauge_drift`.
+        topology: as for `gauge_drift`.
+        layer: as for `gauge_drift`.
+
+    Returns:
+        Block → ``down_proj is zero in the reference``.
+    """
+    found: dict[str, str] = {}
+    for block in present_blocks(base, topology, layer):
+        for part in BLOCKS[block]:
+            zero = next((side for side, each in (("reference", base), ("target", tuned)) if not each[part].any()), "")
+            if zero and block not in found:
+                found[block] = f"{part} is zero in the {zero}"
+    return found
 
 
 def layer_modules(state: Mapping[str, Tensor], topology: Topology, layer: int) -> dict[str, Tensor]:

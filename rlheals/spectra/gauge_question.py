@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from rlheals.spectra.block_factors import BLOCKS, tensor_names
-from rlheals.spectra.gauge import gauge_drift
+from rlheals.spectra.gauge import gauge_drift, undefined_blocks
 from rlheals.spectra.noise import seed_of
 from rlheals.spectra.results import Finding
 from rlheals.spectra.settings import GAUGE_NULLS
@@ -90,7 +90,8 @@ class GaugeQuestion:
             seed=self._seed(),
         )
         columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
-        return Finding(pl.DataFrame(columns, schema=COLUMNS), {})
+        undefined = undefined_blocks(base, tuned, self.reference.topology, self.layer)
+        return Finding(pl.DataFrame(columns, schema=COLUMNS), {"undefined": undefined})
 
     @property
     def _draws(self) -> int:

@@ -47,9 +47,8 @@ def match_neurons(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Te
     open_ = torch.nonzero((cosines[0] < _SETTLED) | (cosines[1] * cosines[2] < _SETTLED))[:, 0]
     if len(open_) < 2:
         return order
-    weights = (float(1 / gate[0].sum().clamp_min(1e-300)), float(1 / (up[0] * down[0]).sum().clamp_min(1e-300)))
     kept, moved = _held(base), _held(tuned)
-    score = partial(_likeness, kept, moved, weights=weights)
+    score = partial(_likeness, kept, moved, sizes=_sizes(gate[0], up[0], down[0]))
     order[open_] = _assign(score, open_, limit=kept["gate_proj"].numel() * 4)
     return order
 
@@ -87,22 +86,40 @@ def _held(modules: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: modules[name] for name in names if name in modules}
 
 
+def _sizes(gate: Tensor, up: Tensor, down: Tensor) -> dict[str, float]:
+    """What each part's vectors are divided by, in float64, so that the scores of weights of any size fit float32.
+
+    Of the squared norms (neurons,) of the base: ``‖G‖``, and for up and down two numbers whose product is
+    ``√(Σ‖d‖²‖u‖²)``.
+    """
+    whole = float(up.sum().sqrt() * down.sum().sqrt())
+    share = float((up * down).sum().sqrt()) / whole if whole else 1.0
+    halves = math.sqrt(share or 1.0)
+    sizes = {
+        "gate_proj": gate.sum().sqrt(),
+        "up_proj": up.sum().sqrt() * halves,
+        "down_proj": down.sum().sqrt() * halves,
+    }
+    return {part: float(size) or 1.0 for part, size in sizes.items()}
+
+
 def _likeness(
     base: Mapping[str, Tensor],
     tuned: Mapping[str, Tensor],
     rows: Tensor,
     columns: Tensor,
     *,
-    weights: tuple[float, float],
+    sizes: Mapping[str, float],
 ) -> Tensor:
     """(rows, columns) float32 scores of base neurons against tuned ones; a row's best is its most alike."""
 
     def inner(part: str) -> Tensor:
-        return (neurons_of(base, part, rows).mT.float() @ neurons_of(tuned, part, columns).float()).float()
+        before, after = neurons_of(base, part, rows) / sizes[part], neurons_of(tuned, part, columns) / sizes[part]
+        return (before.mT.float() @ after.float()).float()
 
-    score = inner("up_proj") * weights[1]
+    score = inner("up_proj")
     score *= inner("down_proj")
-    return score.add_(inner("gate_proj"), alpha=weights[0])
+    return score.add_(inner("gate_proj"))
 
 
 def _assign(score: Callable[[Tensor, Tensor], Tensor], neurons: Tensor, limit: int) -> Tensor:
