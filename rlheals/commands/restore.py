@@ -232,6 +232,7 @@ def _tell(planned: FolderEdit, out: Path | None, patch: Path | None, digest: str
         print_json(
             {
                 "recipe": planned.edit.recipe(),
+                "notes": planned.notes,
                 "left_although_different": {
                     each.name: {"part": each.part, "relative": each.relative if isfinite(each.relative) else None}
                     for each in left.differing
@@ -255,6 +256,8 @@ def _tell(planned: FolderEdit, out: Path | None, patch: Path | None, digest: str
             else "; the edit changes nothing"
         )
     )
+    for note in planned.notes:
+        typer.echo(note)
     if left.differing:
         typer.echo(f"left as they are although they differ: {', '.join(left.parts)}; --everything takes them too")
     for path in (out, patch):

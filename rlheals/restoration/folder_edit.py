@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from rlheals import __version__
 from rlheals.errors import UserError
+from rlheals.models.checkpoint import name_some
 from rlheals.models.topology import split_name
 from rlheals.restoration.edit import DOSED, TURNING, WINDOWLESS, Edit
 from rlheals.restoration.job import length
@@ -42,6 +43,7 @@ class Change:
             spectrum.
         relative: ``‖edited − target‖_F / ‖target‖_F``; infinite for a change of a tensor that was all zero.
         defect: orthogonality defect of the mixed bases, see `rlheals.restoration.operators.Edited`.
+        note: what the reference lacks of what the edit takes; empty mostly.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Change:
     ranks: str
     relative: float
     defect: float
+    note: str = ""
 
 
 class FolderEdit:
@@ -79,6 +82,7 @@ class FolderEdit:
         self.target: Weights = models.weights[edit.target]
         self.reference: Weights = models.weights[edit.reference]
         self._in_reference: dict[str, str] = {}
+        self._inputs_first = {matrix.name for matrix in self.target.topology.matrices if matrix.inputs_first}
         self._parts = self._parts_of(edit.names(self.target.topology))
         self._twins = twins(self.target, self._parts)
         self.names = tuple(name for name in self.target.shapes if name in self._parts or name in self._twins)
@@ -103,6 +107,15 @@ class FolderEdit:
 
     def _all_parts(self) -> list[str]:
         return [part for parts in self._parts.values() for part in parts]
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be done as the edit says, one sentence for each reason, with the tensors it holds for."""
+        reasons: dict[str, list[str]] = {}
+        for change in self.changes:
+            if change.note:
+                reasons.setdefault(change.note, []).append(change.name)
+        return [f"{name_some(names)}: {reason}" for reason, names in reasons.items()]
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -136,13 +149,14 @@ class FolderEdit:
         if needs_factors(self.edit) and len(self.target.shapes[part]) == 2:
             for view in views:  # decomposing takes most of the memory, so it is done while no weight is held
                 view.factors()
-        done = apply_edit(self.edit, Pair(*views), name=part)
+        done = apply_edit(self.edit, Pair(*views), name=part, inputs_first=part in self._inputs_first)
         if not math.isfinite(done.change_norm):
             raise UserError(
                 f"{self.edit.operator} makes numbers of {name} that {self.target.dtypes[part]} cannot hold; edit by a "
                 "smaller dose, or leave this tensor out."
             )
-        self.changes.append(self._change(name, self._relative(part, done.change_norm), done.orthogonality_defect))
+        change = self._change(name, self._relative(part, done.change_norm), done.orthogonality_defect)
+        self.changes.append(replace(change, note=done.note))
         return done
 
     def _relative(self, name: str, change_norm: float) -> float:
@@ -276,6 +290,8 @@ def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
             "Ranks count from the largest singular value. The change is relative to the target's tensor; the defect is "
             "how far the vectors of both models, put side by side, are from orthonormal.",
             "",
+            *(f"- {note}" for note in done.notes),
+            *([""] if done.notes else []),
             "| tensor | shape | ranks | relative change | defect |",
             "|---|---|---|---|---|",
             *rows,

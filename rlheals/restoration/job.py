@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlheals.restoration.edit import BY_ANGLES
 from rlheals.restoration.orthonormal import gather
 from rlheals.spectra.angles import SIDES, Side, side_reader
+from rlheals.spectra.clusters import DEGENERATE
 from rlheals.spectra.factors import FactorView, MemoryFactors
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
     from rlheals.restoration.edit import Edit
 
+READ_VECTORS = ("directions", "rotate", "random_rotation", "remove_inside", "remove_outside")
+"""Operators that read singular vectors of the reference."""
+NULL = 4 * torch.finfo(torch.float32).eps
+"""Singular values below this share of the largest are zero: rounding a matrix to float32 makes that much."""
 _CACHED = 1 << 16  # entries of a block that is worked on at once
 
 
@@ -67,20 +73,23 @@ class Edited:
             has these bases; else it is what was repaired. On the longer side of a matrix that is not square, the new
             vectors are held against all that is orthogonal to the old ones, which makes it an upper bound.
         change_norm: ``‖edited − target‖_F``, after rounding to the dtype.
+        note: what was not done, and why, where the reference does not have what the edit takes; empty mostly.
     """
 
     tensor: Tensor
     orthogonality_defect: float
     change_norm: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One matrix of one edit, as the operators see it."""
+    """One matrix of one edit, as the operators see it; ``inputs_first`` where it is stored as (inputs, outputs)."""
 
     edit: Edit
     name: str
     pair: Pair
+    inputs_first: bool = False
     read: dict[tuple[bool, Side, str], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -90,8 +99,13 @@ class Job:
 
     @cached_property
     def reference(self) -> Tensor:
+        """The reference as stored."""
+        return self.pair.reference.tensor()
+
+    @property
+    def copy(self) -> Tensor:
         """The reference in the target's dtype; the tensor itself where that is its own."""
-        return self.pair.reference.tensor().to(self.target.dtype)
+        return self.reference.to(self.target.dtype)
 
     @cached_property
     def base(self) -> FactorView:
@@ -105,7 +119,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in."""
+        """What is computed in; a result is rounded to the target's type once, at the end."""
         return torch.float64 if self.target.dtype == torch.float64 else torch.float32
 
     @property
@@ -120,8 +134,57 @@ class Job:
 
     @cached_property
     def window(self) -> list[slice]:
-        """The edit's columns of this matrix, one run after the other."""
-        return self.edit.window.spans(self.rank)
+        """The edit's columns of this matrix, one run after the other; of those it reads, the ones that are defined."""
+        spans = self.edit.window.spans(self.rank)
+        if not self.reads_vectors:
+            return spans
+        return [slice(span.start, min(span.stop, self.defined)) for span in spans if span.start < self.defined]
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether the edit takes singular vectors of the reference, rather than its values or its whole matrix."""
+        if self.edit.operator not in READ_VECTORS or self.target.dim() != 2:
+            return False
+        if self.edit.operator == "random_rotation" and self.name in dict(self.edit.amounts):
+            return self.edit.controlled in BY_ANGLES
+        return not (self.edit.window.is_full and self.edit.operator == "directions" and self._copies_all)
+
+    @property
+    def _copies_all(self) -> bool:
+        return self.edit.official or self.edit.basis == "all"
+
+    @cached_property
+    def defined(self) -> int:
+        """How many leading singular vectors the reference has: those whose value float32 tells from zero.
+
+        The others are whatever the decomposition completed its bases with: a matrix of zeros has none.
+        """
+        values = self.base.values
+        floor = max(NULL, 10 * self.base.reconstruction_error) * float(values[0])
+        return int((values > floor).sum())
+
+    @property
+    def note(self) -> str:
+        """What the reference lacks of the window, or what makes it a matter of chance."""
+        if not self.reads_vectors:
+            return ""
+        wanted = sum(span.stop - span.start for span in self.edit.window.spans(self.rank))
+        if self.width < wanted:
+            if not self.defined:
+                return "the reference is zero and has no singular directions, so the tensor was left as it is"
+            done = "those in the window were used" if self.width else "none is in the window: it was left as it is"
+            return f"the reference has only {self.defined} of {self.rank} singular directions; {done}"
+        return self._cut_group()
+
+    def _cut_group(self) -> str:
+        values = self.base.values
+        edges = {edge for span in self.window for edge in (span.start, span.stop) if 0 < edge < self.rank}
+        for edge in sorted(edges):
+            if float(values[edge - 1] - values[edge]) <= DEGENERATE * float(values[0]):
+                return (
+                    f"the window ends at rank {edge} among equal singular values: which directions it holds is chance"
+                )
+        return ""
 
     @property
     def width(self) -> int:
@@ -130,8 +193,9 @@ class Job:
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Which bases the edit takes from the reference."""
-        return {"u": SIDES[:1], "v": SIDES[1:]}.get(self.edit.basis, SIDES)
+        """Which bases the edit takes from the reference: u is the side of the outputs, however the matrix is stored."""
+        outputs, inputs = SIDES[::-1] if self.inputs_first else SIDES
+        return {"u": (outputs,), "v": (inputs,)}.get(self.edit.basis, SIDES)
 
     def wide(self, tensor: Tensor) -> Tensor:
         """A fresh copy to compute in."""

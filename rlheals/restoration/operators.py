@@ -51,21 +51,22 @@ def operator(work: Callable[[Job], Result]) -> Callable[[Job], Result]:
     return work
 
 
-def apply_edit(edit: Edit, pair: Pair, *, name: str) -> Edited:
+def apply_edit(edit: Edit, pair: Pair, *, name: str, inputs_first: bool = False) -> Edited:
     """Edit one tensor.
 
-    An edit that changes nothing (an empty window, a dose of 0, a reference equal to the target) returns the target's
-    tensor itself.
+    An edit that changes nothing (an empty window, a dose of 0, a reference equal to the target, or one that has none of
+    the singular directions that it takes) returns the target's tensor itself.
 
     Args:
         edit: what to do; its scope is the caller's business.
         pair: the tensor of both models.
         name: of the tensor; random controls and amounts depend on it.
+        inputs_first: the matrix is stored as (inputs, outputs), see `rlheals.models.topology.Matrix`.
 
     Raises:
         UserError: the two have different shapes, or the operator cannot take a tensor that is no matrix.
     """
-    job = Job(edit, name, pair)
+    job = Job(edit, name, pair, inputs_first)
     if job.reference.shape != job.target.shape:
         raise UserError(
             f"tensor {name} is {list(job.reference.shape)} in {edit.reference} but {list(job.target.shape)} in "
@@ -74,13 +75,13 @@ def apply_edit(edit: Edit, pair: Pair, *, name: str) -> Edited:
     if job.target.dim() != 2 and edit.operator not in ("reset", "swap", "interpolate", "noise"):
         raise UserError(f"{edit.operator} edits matrices, but tensor {name} is {list(job.target.shape)}.")
     if _is_identity(job):
-        return Edited(job.target, 0.0, 0.0)
+        return Edited(job.target, 0.0, 0.0, job.note)
     if edit.operator in _BY_FACTORS:
         vars(job).pop("reference")  # a tensor less in memory; read again if it is needed after all
     result = OPERATORS[edit.operator](job)
     job.read.clear()
     tensor = result.tensor.to(job.target.dtype)
-    return Edited(tensor, result.defect, distance(tensor, job.target))
+    return Edited(tensor, result.defect, distance(tensor, job.target), job.note)
 
 
 def _is_identity(job: Job) -> bool:
@@ -91,7 +92,8 @@ def _is_identity(job: Job) -> bool:
         return True
     if job.edit.operator in ("noise", "random_rotation"):
         return False
-    return torch.equal(job.reference, job.target) and (not _copies(job) or _same_bits(job.reference, job.target))
+    equal = torch.equal(job.reference.to(job.target.dtype), job.target)
+    return equal and (not _copies(job) or _same_bits(job.copy, job.target))
 
 
 def _copies(job: Job) -> bool:
@@ -109,13 +111,13 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 @operator
 def swap(job: Job) -> Result:
     """The reference's matrix."""
-    return Result(job.reference)
+    return Result(job.copy)
 
 
 @operator
 def reset(job: Job) -> Result:
     """The reference's tensor, vectors of the layer too."""
-    return Result(job.reference)
+    return Result(job.copy)
 
 
 @operator
@@ -126,7 +128,7 @@ def interpolate(job: Job) -> Result:
     """
     share = job.edit.amount(job.name)
     if share == 1.0:
-        return Result(job.reference)
+        return Result(job.copy)
 
     def moved(share: float) -> Tensor:
         return job.wide(job.target).lerp_(job.reference.to(job.dtype), share)
@@ -162,7 +164,7 @@ def directions(job: Job) -> Result:
 def _all_directions(job: Job) -> Result:
     """`directions` of the whole rank: no basis is mixed."""
     if job.edit.official or job.edit.basis == "all":
-        return Result(job.reference)
+        return Result(job.copy)
     if job.edit.basis == "uv":
         return Result(
             _add_triples(job, job.wide(job.reference), job.base, job.tuned.values - job.base.values, job.window)

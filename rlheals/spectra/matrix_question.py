@@ -76,6 +76,7 @@ class MatrixQuestion:
             self.settings.nulls,
             self.settings.seed,
             self.reference.topology.initializer_range,
+            self.matrix.inputs_first,
         ]
 
     def unchanged(self, results: ResultCache) -> Finding:
@@ -115,6 +116,8 @@ class MatrixQuestion:
         )
         random = random_subspace_bands(base.shape, settings, [each.key for each in measures])
         table = as_table(measures, random, noise)
+        if self.matrix.inputs_first:
+            table = outputs_left(table)
         facts = {
             **asdict(judge(measures, base, rounding)),
             "driver": ", ".join(dict.fromkeys([base.driver, tuned.driver])),
@@ -180,6 +183,11 @@ def zeros(settings: MeasureSettings, rank: int) -> list[Measure]:
                 names = ("angle_mean", "angle_max", "angle_min", "angle_rms_sine")
                 found += [Measure(name, side, part, k, None, 0.0) for name in names]
     return found
+
+
+def outputs_left(table: pl.DataFrame) -> pl.DataFrame:
+    """The table of a matrix that is stored as (inputs, outputs): left is the side of the outputs in it, too."""
+    return table.with_columns(pl.col("side").replace({"left": "right", "right": "left"}))
 
 
 def as_table(measures: Sequence[Measure], random: Mapping[Key, Band], noise: Mapping[Key, Band]) -> pl.DataFrame:
