@@ -181,9 +181,7 @@ class Job:
         edges = {edge for span in self.window for edge in (span.start, span.stop) if 0 < edge < self.rank}
         for edge in sorted(edges):
             if float(values[edge - 1] - values[edge]) <= DEGENERATE * float(values[0]):
-                return (
-                    f"the window ends at rank {edge} among equal singular values: which directions it holds is chance"
-                )
+                return f"the window ends at rank {edge} among equal singular values, so its directions are chance"
         return ""
 
     @property

@@ -48,9 +48,7 @@ def test_a_zero_reference_gives_nothing_back(operator: str, basis: str, window: 
     done = apply(torch.zeros(shape), target, operator, basis, window)
     assert same_bits(done.tensor, target)
     assert done.change_norm == 0
-    assert (
-        done.note == "the reference has no singular directions (it is zero beyond them); the tensor was left as it is"
-    )
+    assert done.note == "the reference is zero and has no singular directions, so the tensor was left as it is"
 
 
 @pytest.mark.parametrize(("operator", "basis"), [("swap", "all"), ("reset", "all"), ("interpolate", "all")])
