@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import binomtest
 
 from rlheals.errors import UserError
-from rlheals.reporting.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Evidence, evaluate, pooled_verdict, verdict
+from rlheals.reporting.claims import CLAIMS, Evidence, evaluate
+from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED, pooled_verdict, verdict
 from rlheals.reporting.tables import load_study
 from tests.reporting.fabricate import LADDER, make_params, make_project
 

@@ -16,8 +16,8 @@ from rlheals.errors import UserError
 from rlheals.publish import publish, verify
 from rlheals.reporting import claims_rl, figures
 from rlheals.reporting.branches import load_branches
-from rlheals.reporting.claims import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.claims import evaluate as evaluate_sft
+from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.schemas import SCHEMAS, read_table, write_table
 from rlheals.reporting.sections import recovery
 from rlheals.reporting.tables import load_study

@@ -12,7 +12,6 @@ import vl_convert
 from rlheals.errors import UserError
 from rlheals.publish import verify
 from rlheals.reporting import claims_restoration
-from rlheals.reporting.claims import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.claims import evaluate as evaluate_sft
 from rlheals.reporting.claims_restoration import AGAINST, repaired_starts
 from rlheals.reporting.figures.repairs import (
@@ -35,6 +34,7 @@ from rlheals.reporting.figures.restoration import (
     rankwise,
     with_controls,
 )
+from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.repairs import END, Repairs, edit_name, load_repairs, outcomes, unedited
 from rlheals.reporting.sections import restoration as section
 from rlheals.reporting.tables import Choice, load_study
