@@ -89,9 +89,7 @@ def about_edits(cells: pl.DataFrame, choices: Sequence[Choice]) -> list[Question
     ]
 
 
-def about_rl(
-    final: pl.DataFrame, choices: Sequence[Choice], starts: Sequence[int], premise: Premise
-) -> list[Question]:
+def about_rl(final: pl.DataFrame, choices: Sequence[Choice], starts: Sequence[int], premise: Premise) -> list[Question]:
     """The claims about RL, from the rows of schema ``recovery`` after the last update; arguments as in `claims_rl`."""
     return [
         *_asked("rl_stays_below_peak", choices, lambda choice: _over_peak(final, choice, starts, premise)),
