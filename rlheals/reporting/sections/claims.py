@@ -11,8 +11,8 @@ from rlheals.reporting import claims, claims_descriptive, claims_restoration, cl
 from rlheals.reporting.branches import load_branches
 from rlheals.reporting.drift import load_drift
 from rlheals.reporting.premises import premise_of, premise_of_model
-from rlheals.reporting.readings import ONE_SEED
-from rlheals.reporting.registered import FAILS, HOLDS
+from rlheals.reporting.readings import NOT_TESTED, ONE_SEED
+from rlheals.reporting.registered import UNDECIDED
 from rlheals.reporting.repairs import load_repairs
 from rlheals.reporting.sections.core import Content, Section
 from rlheals.reporting.words import interval, listed, points
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlheals.reporting.repairs import Repairs
     from rlheals.reporting.tables import Study
 
-_WORDS = {HOLDS: "holds", FAILS: "does not hold"}
+_WORDS = {UNDECIDED: "is undecided", NOT_TESTED: "is not tested", ONE_SEED: "one seed: no verdict over seeds"}
 
 
 @dataclass(frozen=True, slots=True)
