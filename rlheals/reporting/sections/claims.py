@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -140,9 +141,10 @@ def _finding(statement: str, rows: pl.DataFrame) -> str:
     parts = []
     for row in rows.to_dicts():
         where = f" for {row['model']}" if len(rows) > 1 else ""
-        numbers = f"{points(row['estimate'])} {interval(row['low'], row['high'])}"
+        numbers = f"{points(row['estimate'])} {interval(row['low'], row['high'])}" if isfinite(row["estimate"]) else ""
         verdict = _WORDS.get(row["reading"], row["reading"])
-        detail = numbers if row["reading"] == ONE_SEED else f"{row['reason']}; {numbers}"
+        reason = "" if row["reading"] == ONE_SEED else row["reason"]
+        detail = "; ".join(part for part in (reason, numbers) if part)
         was = f"; as registered: {row['registered']}" if row["registered"] else "; not registered beforehand"
         parts.append(f"{verdict}{where} ({detail}{was})")
     return f"Claim “{statement.removesuffix('.')}”: {listed(parts)}."
