@@ -120,7 +120,8 @@ def test_no_addresses_or_machine_paths_are_written_down() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["rlheals.stats", "rlheals.reporting", "rlheals.reporting.schemas", "rlheals.tasks"]
+    "package",
+    ["rlheals.stats", "rlheals.reporting", "rlheals.reporting.schemas", "rlheals.reporting.premises", "rlheals.tasks"],
 )
 def test_light_packages_import_without_torch(package: str) -> None:
     script = f"import sys, {package}; print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from rlheals.errors import UserError
+from rlheals.reporting.readings import Rule, questions, read
+from rlheals.reporting.registered import registered_table
 from rlheals.reporting.tables import Choice, Study, outcomes
-from rlheals.reporting.words import percent
-from rlheals.stats import holm, paired_difference, paired_ratio
+from rlheals.reporting.words import listed, percent
+from rlheals.stats import paired_difference, paired_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
-ALPHA = 0.05
 FALL = 0.5
 EARLY = 0.25
 LOSSES = {"train_id_loss": "train loss", "test_id_loss": "test loss", "ood_loss": "OOD loss"}
@@ -105,18 +105,39 @@ CLAIMS = (
 )
 
 
-def verdict(evidence: Evidence, p_corrected: float) -> str:
-    """The verdict of one run, given its Holm-corrected p-value."""
-    if evidence.refutes:
-        return FAILS
-    return HOLDS if evidence.supports and p_corrected < ALPHA else UNDECIDED
+RULES = {
+    "ood_peaks_early_and_falls": Rule(1, FALL, FALL),
+    "id_keeps_rising": Rule(),
+    "no_loss_picks_the_peak": Rule(),
+}
+"""Where the mean over seeds must lie; no margin was declared, so only the opposite sign refutes."""
 
 
-def pooled_verdict(verdicts: list[str]) -> str:
-    """All seeds of a model together: holds when it holds in every seed, fails when it fails in any."""
-    if FAILS in verdicts:
-        return FAILS
-    return HOLDS if verdicts and set(verdicts) == {HOLDS} else UNDECIDED
+def readings(table: pl.DataFrame, choices: Sequence[Choice]) -> pl.DataFrame:
+    """The corrected reading of the table that `evaluate` makes; see `rlheals.reporting.readings`.
+
+    Args:
+        table: verdicts of the registered rule.
+        choices: SFT_MaxOOD and SFT_End of the same runs.
+    """
+    asked = [
+        replace(question, limit=_late_peak(choices, question.model))
+        if question.claim == "ood_peaks_early_and_falls"
+        else question
+        for question in questions(table, RULES)
+    ]
+    return read(asked)
+
+
+def _late_peak(choices: Sequence[Choice], model: str) -> str:
+    """The seeds in which SFT_MaxOOD does not come early, in words; empty where there are none."""
+    late = [choice.seed for choice in choices if choice.model == model and not is_early(choice)]
+    return f"the OOD peak is not an early one in seed{'s' * (len(late) > 1)} {listed(late)}" if late else ""
+
+
+def is_early(choice: Choice) -> bool:
+    """Whether SFT_MaxOOD lies after step 0 and within the first quarter of the training."""
+    return 0 < choice.max_ood <= EARLY * choice.end
 
 
 def evaluate(study: Study) -> pl.DataFrame:
@@ -133,34 +154,13 @@ def evaluate(study: Study) -> pl.DataFrame:
         "no_loss_picks_the_peak": _no_loss_picks,
     }
     found = [(claim.key, choice, rules[claim.key](study, choice)) for claim in CLAIMS for choice in study.choices]
-    return corrected_table(found)
-
-
-def corrected_table(found: Sequence[tuple[str, Choice, Evidence]]) -> pl.DataFrame:
-    """Rows of (claim, run, evidence) with Holm's correction over all of them, verdicts, and verdicts over the seeds.
-
-    Returns:
-        Columns claim, model, seed, estimate, low, high, p_value, p_holm, verdict, pooled, note.
-    """
-    corrected = holm([evidence.p_value for _, _, evidence in found])
-    rows: list[dict[str, Any]] = []
-    for (key, choice, evidence), p_holm in zip(found, corrected, strict=True):
-        numbers = {k: v for k, v in asdict(evidence).items() if k not in ("supports", "refutes", "note")}
-        rows.append(
-            {"claim": key, "model": choice.model, "seed": choice.seed, **numbers, "p_holm": p_holm}
-            | {"verdict": verdict(evidence, p_holm), "note": evidence.note}
-        )
-    for row in rows:
-        row["pooled"] = pooled_verdict(
-            [r["verdict"] for r in rows if (r["claim"], r["model"]) == (row["claim"], row["model"])]
-        )
-    return pl.DataFrame(rows)
+    return registered_table(found)
 
 
 def _ood_falls(study: Study, choice: Choice) -> Evidence:
     pairs = outcomes(study.answers, choice, "ood", (choice.end, choice.max_ood))
     ratio = paired_ratio(pairs["first"], pairs["second"], null=1 - FALL)
-    early = 0 < choice.max_ood <= EARLY * choice.end
+    early = is_early(choice)
     end, peak = ratio.counts.first / ratio.counts.n, ratio.counts.second / ratio.counts.n
     note = f"OOD {percent(peak)} at step {choice.max_ood}, {percent(end)} at step {choice.end}"
     if not early:

@@ -9,7 +9,8 @@ So each repair is claimed twice: that it works, and that it works better than ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import nan, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,17 @@ import numpy as np
 import polars as pl
 from scipy.stats import norm, spearmanr
 
-from rlheals.reporting.claims import Claim, Evidence, corrected_table
+from rlheals.reporting.claims import Claim, Evidence
+from rlheals.reporting.equal_norm import steps, trade_off
+from rlheals.reporting.readings import Question, Rule, SeedValue, questions, read, voided
+from rlheals.reporting.registered import registered_table
 from rlheals.reporting.repairs import BASE, CONTROLS, END, PEAK, RL, layers_of, of_run, outcomes, unedited
 from rlheals.reporting.words import interval, listed, percent, points
-from rlheals.stats import paired_difference
+from rlheals.stats import paired_difference, permutation_p_value, rank_correlation
 from rlheals.stats.shares import share_of_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -143,6 +147,76 @@ CLAIMS = (
     ),
 )
 
+RULES = {
+    "top_recovers_most": Rule(1, MOST, MOST),
+    "values_recover_nothing": Rule(-1, NOTHING, NOTHING),
+    "early_beats_late": Rule(),
+    "impose_undoes": Rule(1, MOST, MOST),
+    **{f"{repair}_beats_controls": Rule() for repair in REPAIRS},
+    "better_in_better_out": Rule(),
+}
+"""Where the mean over seeds must lie; no margins beyond the registered boundaries were declared."""
+
+
+def readings(
+    table: pl.DataFrame,
+    cells: pl.DataFrame,
+    rungs: Mapping[tuple[str, int], pl.DataFrame],
+    premise: Callable[[str, int], str],
+) -> pl.DataFrame:
+    """The corrected reading of the table that `evaluate` makes; see `rlheals.reporting.readings`.
+
+    Args:
+        table: verdicts of the registered rule.
+        cells: schema ``cells``, or the published part of it.
+        rungs: what `repaired_starts` gives, by model and seed.
+        premise: for a model and seed, why its RL run cannot stand for RL; empty where it can.
+    """
+    asked = []
+    for question in questions(table, RULES):
+        if question.claim.startswith("impose_"):
+            question = voided(question, partial(premise, question.model))
+            question = voided(question, partial(_no_gain, table, question.model))
+        elif question.claim.endswith("_beats_controls"):
+            question = replace(question, limit=_unequal(cells, question))
+        elif question.claim == "better_in_better_out":
+            question = _ranked(question, rungs)
+        asked.append(question)
+    return read(asked)
+
+
+def _no_gain(table: pl.DataFrame, model: str, seed: int) -> str:
+    """Why an edit can undo nothing in this seed, in words; empty where RL gained over SFT_End."""
+    row = of_run(table, model, seed).filter(pl.col("claim") == "impose_undoes")
+    return "" if np.isfinite(row["estimate"][0]) else "RL gained nothing over SFT_End that could be undone"
+
+
+def _unequal(cells: pl.DataFrame, question: Question) -> str:
+    """Why a repair and the plain step of its norm cannot be told apart; empty where one wins in ID and OOD."""
+    repair = question.claim.removesuffix("_beats_controls")
+    found = [
+        (seed.seed, cell)
+        for seed in question.values
+        if (cell := find_contrast(of_run(cells, question.model, seed.seed), repair)) is not None
+    ]
+    own = pl.DataFrame(found, schema={"seed": pl.Int64, "cell_id": pl.String}, orient="row")
+    rows = steps(cells.filter(pl.col("model") == question.model))
+    return trade_off(rows.join(own, on=["seed", "cell_id"], how="semi"))
+
+
+def _ranked(question: Question, rungs: Mapping[tuple[str, int], pl.DataFrame]) -> Question:
+    """Rank correlation over the rungs of each seed, and a permutation test of rungs within seeds.
+
+    The registered slope knows the errors of hands only; what differs between rungs of equal accuracy is not in it.
+    """
+    tables = {v.seed: rungs[question.model, v.seed] for v in question.values if not v.void}
+    pairs = {seed: (rows["before"].to_numpy(), rows["after"].to_numpy()) for seed, rows in tables.items()}
+    values = tuple(
+        SeedValue(v.seed, rank_correlation(*pairs[v.seed]), nan, nan) if v.seed in pairs else v for v in question.values
+    )
+    remark = "rank correlations, and a permutation of the rungs within each seed"
+    return replace(question, values=values, p_holds=permutation_p_value(list(pairs.values())), remark=remark)
+
 
 def evaluate(study: Study, repairs: Repairs) -> pl.DataFrame:
     """Evidence and verdict of every claim in every run; Holm's correction runs over all rows.
@@ -164,7 +238,26 @@ def evaluate(study: Study, repairs: Repairs) -> pl.DataFrame:
         rules[f"{repair}_beats_controls"] = _against(repair)
     runs = {choice: _Cells(repairs, choice) for choice in study.choices}
     found = [(claim.key, choice, rules[claim.key](runs[choice])) for claim in CLAIMS for choice in study.choices]
-    return corrected_table(found)
+    return registered_table(found)
+
+
+def find_contrast(cells: pl.DataFrame, name: str) -> str | None:
+    """``cell_id`` of one run's contrast by the name of `REPAIRS`, ``values`` or ``late``; None where it was not run."""
+    contrasts = cells.filter((pl.col("split") == "confirm") & pl.col("contrast") & (pl.col("control_of") == ""))
+    operator = "values" if name == "values" else "directions"
+    models = (END, RL) if name == "impose" else (BASE, END)
+    rows = [
+        row
+        for row in contrasts.to_dicts()
+        if row["operator"] == operator
+        and (row["reference"], row["target"]) == models
+        and row["rank_from"] == 0
+        and abs(row["rank_to"] - (TOP if name == "top" else 1.0)) < 1e-9
+        and bool(layers_of(row["layers"])) == (name in ("early", "late"))
+    ]
+    rows.sort(key=lambda row: layers_of(row["layers"]), reverse=name == "late")
+    same_block = name in ("early", "late") and len(rows) < 2
+    return None if not rows or same_block else str(rows[0]["cell_id"])
 
 
 class _Cells:
@@ -173,25 +266,10 @@ class _Cells:
     def __init__(self, repairs: Repairs, choice: Choice) -> None:
         self.repairs, self.choice = repairs, choice
         self.own = of_run(repairs.cells, choice.model, choice.seed)
-        contrasts = self.own.filter((pl.col("split") == "confirm") & pl.col("contrast") & (pl.col("control_of") == ""))
-        self._contrasts = contrasts.to_dicts()
 
     def find(self, name: str) -> str | None:
         """``cell_id`` of a contrast by the name of `REPAIRS`, ``values`` or ``late``; None where it was not run."""
-        operator = "values" if name == "values" else "directions"
-        models = (END, RL) if name == "impose" else (BASE, END)
-        rows = [
-            row
-            for row in self._contrasts
-            if row["operator"] == operator
-            and (row["reference"], row["target"]) == models
-            and row["rank_from"] == 0
-            and abs(row["rank_to"] - (TOP if name == "top" else 1.0)) < 1e-9
-            and bool(layers_of(row["layers"])) == (name in ("early", "late"))
-        ]
-        rows.sort(key=lambda row: layers_of(row["layers"]), reverse=name == "late")
-        same_block = name in ("early", "late") and len(rows) < 2
-        return None if not rows or same_block else str(rows[0]["cell_id"])
+        return find_contrast(self.own, name)
 
     def controls(self, name: str, operator: str) -> list[str]:
         """``cell_id`` of every draw of a control of a contrast."""

@@ -9,19 +9,23 @@ with SFT_MaxOOD at 140, is 3 to 8.6 of them; rounded outwards, a start is modera
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from math import log, nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from rlheals.errors import UserError
-from rlheals.reporting.claims import ALPHA, Claim, Evidence, corrected_table
+from rlheals.reporting.claims import Claim, Evidence
+from rlheals.reporting.readings import Rule, SeedValue, questions, read
+from rlheals.reporting.registered import ALPHA, registered_table
 from rlheals.reporting.words import interval, percent, points
 from rlheals.stats import bootstrap_hands, difference_from_counts, holm, paired_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -109,6 +113,105 @@ ARMS = {
 }
 """The arms a claim needs; where params do not declare them the claim is not examined."""
 
+RULES = {
+    "rl_heals_moderate": Rule(1, 0.0, MARGIN),
+    "rl_cannot_early": Rule(-1, MARGIN, 0.0),
+    "rl_cannot_late": Rule(-1, MARGIN, 0.0),
+    "reward_heals_alone": Rule(1, 0.0, MARGIN),
+    "kl_makes_half": Rule(1, SHARE, SHARE),
+}
+"""Where the mean over seeds must lie; the margin of a gain is the declared one."""
+Premise = Callable[[str, int, str, int], str]
+"""For a model, seed, arm and start: why this branch cannot test a claim about RL; empty where it can."""
+
+
+def readings(
+    table: pl.DataFrame, final: pl.DataFrame, choices: Sequence[Choice], starts: Sequence[int], premise: Premise
+) -> pl.DataFrame:
+    """The corrected reading of the table that `evaluate` makes; see `rlheals.reporting.readings`.
+
+    A seed counts where RL raised its own reward from the start in question; a claim about several starts is read from
+    those of them where it did.
+
+    Args:
+        table: verdicts of the registered rule.
+        final: rows of schema ``recovery`` after the last update.
+        choices: SFT_MaxOOD of every run.
+        starts: declared starts.
+        premise: the check of the manipulation.
+    """
+    runs = {(choice.model, choice.seed): choice for choice in choices}
+    asked = []
+    for question in questions(table, RULES):
+        values = [
+            _seed_value(question.claim, value, runs[question.model, value.seed], starts, final, premise)
+            for value in question.values
+        ]
+        asked.append(replace(question, values=tuple(values)))
+    return read(asked)
+
+
+def _seed_value(
+    claim: str, value: SeedValue, choice: Choice, starts: Sequence[int], final: pl.DataFrame, premise: Premise
+) -> SeedValue:
+    """The estimate of one seed, void where the RL runs it needs did not do what they are for."""
+    if value.void and "no start" in value.void:
+        return value
+    if claim in ("rl_cannot_early", "rl_cannot_late"):
+        chosen = early_starts(starts, choice) if claim == "rl_cannot_early" else late_starts(starts, choice)
+        return _largest(value, chosen, choice, final, premise)
+    start = moderate_start(starts, choice)
+    assert start is not None  # the registered rule has an estimate or says "no start"
+    failed = [why for arm in ARMS[claim] if (why := premise(choice.model, choice.seed, arm, start))]
+    return replace(value, void=failed[0] if failed else value.void)
+
+
+def _largest(
+    value: SeedValue, starts: Sequence[int], choice: Choice, final: pl.DataFrame, premise: Premise
+) -> SeedValue:
+    """The largest gain over the starts from which RL raised its own reward."""
+    failed = {start: why for start in starts if (why := premise(choice.model, choice.seed, BOTH, start))}
+    sound = [start for start in starts if start not in failed]
+    if not sound:
+        return replace(value, void=next(iter(failed.values())))
+    rows = [gain_row(final, choice, BOTH, start, "ood") for start in sound]
+    best = max(rows, key=lambda row: row["difference"])
+    return SeedValue(choice.seed, best["difference"], best["difference_low"], best["difference_high"])
+
+
+def gain_row(final: pl.DataFrame, choice: Choice, arm: str, start: int, condition: str) -> dict[str, Any]:
+    """The row of ``recovery`` of one branch."""
+    rows = final.filter(
+        (pl.col("model") == choice.model)
+        & (pl.col("seed") == choice.seed)
+        & (pl.col("arm") == arm)
+        & (pl.col("checkpoint_step") == start)
+        & (pl.col("condition") == condition)
+    )
+    return rows.row(0, named=True)
+
+
+def limits(choice: Choice) -> tuple[int, int]:
+    """First and last moderate step."""
+    return MODERATE[0] * choice.max_ood, MODERATE[1] * choice.max_ood
+
+
+def early_starts(starts: Sequence[int], choice: Choice) -> list[int]:
+    """Starts before the moderate ones."""
+    return [start for start in starts if start < limits(choice)[0]]
+
+
+def late_starts(starts: Sequence[int], choice: Choice) -> list[int]:
+    """Starts behind the moderate ones."""
+    return [start for start in starts if start > limits(choice)[1]]
+
+
+def moderate_start(starts: Sequence[int], choice: Choice) -> int | None:
+    """The moderate start that counts; None when none is declared."""
+    low, high = limits(choice)
+    inside = [start for start in starts if 0 < low <= start <= high]
+    return min(inside, key=lambda start: abs(log(start / (TYPICAL * choice.max_ood))), default=None)
+
 
 def examined(study: Study) -> list[Claim]:
     """The claims whose arms this profile has."""
@@ -133,7 +236,7 @@ def evaluate(study: Study, branches: Branches) -> pl.DataFrame:
     }
     gains = {choice: _Gains(study, branches, choice) for choice in study.choices}
     found = [(c.key, choice, rules[c.key](gains[choice])) for c in examined(study) for choice in study.choices]
-    return corrected_table(found)
+    return registered_table(found)
 
 
 class _Gains:
@@ -142,7 +245,7 @@ class _Gains:
     def __init__(self, study: Study, branches: Branches, choice: Choice) -> None:
         self.starts = list(study.params.ppo.starts)
         self.last, self.choice = branches.last, choice
-        self.limits = (MODERATE[0] * choice.max_ood, MODERATE[1] * choice.max_ood)
+        self.limits = limits(choice)
         self._after, self._before = (_ood_first_tries(table, choice) for table in (branches.answers, study.answers))
         self._recovery = branches.final.filter(
             (pl.col("model") == choice.model) & (pl.col("seed") == choice.seed) & (pl.col("condition") == "ood")
@@ -150,17 +253,16 @@ class _Gains:
 
     @property
     def early(self) -> list[int]:
-        return [start for start in self.starts if start < self.limits[0]]
+        return early_starts(self.starts, self.choice)
 
     @property
     def late(self) -> list[int]:
-        return [start for start in self.starts if start > self.limits[1]]
+        return late_starts(self.starts, self.choice)
 
     @property
     def moderate(self) -> int | None:
         """The moderate start that counts; None when none is declared."""
-        inside = [start for start in self.starts if 0 < self.limits[0] <= start <= self.limits[1]]
-        return min(inside, key=lambda start: abs(log(start / (TYPICAL * self.choice.max_ood))), default=None)
+        return moderate_start(self.starts, self.choice)
 
     def outcomes(self, arm: str | None, start: int) -> NDArray[np.bool_]:
         """First-try outcomes of an arm's branch (None: of the start itself), by hand in one order for all."""

@@ -3,15 +3,17 @@
 They are a family of their own: Holm's correction runs over their tests only, so that adding them leaves the corrected
 p-values of the other families as they were fixed.
 
-Two kinds of rule. A claim *against noise* has an exact test: if the change of every matrix were Gaussian noise of the
-real change's norm, independent from matrix to matrix, a measure would lie above the middle of its noise band in half of
-the matrices, so the number above it is binomial. A claim *about size* is a measurement of given weights, without
-sampling and without a p-value: it is decided by a margin, and the interval is the range of 95 % of the matrices.
+Two kinds of rule. A claim *against noise* has a sign test: if the change of every matrix were Gaussian noise of the
+real change's norm, independent from matrix to matrix, a measure would lie above the middle of its noise band in about
+half of the matrices, so the number above it is about binomial (see `NOT_EXACT`). A claim *about size* is a measurement
+of given weights, without sampling and without a p-value: it is decided by a margin, and the interval is the range of
+95 % of the matrices.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import nan
 from typing import TYPE_CHECKING
 
@@ -19,8 +21,10 @@ import numpy as np
 import polars as pl
 from scipy.stats import binom, binomtest
 
-from rlheals.reporting.claims import Claim, Evidence, corrected_table
+from rlheals.reporting.claims import Claim, Evidence
 from rlheals.reporting.drift import BEYOND, RL, RUN, SFT, against_noise, angles, pair_label
+from rlheals.reporting.readings import Rule, questions, read, voided
+from rlheals.reporting.registered import registered_table
 from rlheals.reporting.words import percent
 
 if TYPE_CHECKING:
@@ -156,6 +160,44 @@ CLAIMS = (
 )
 AGAINST_NOISE = ("sigma_stable_sft", "sigma_stable_rl", "directions_turn_sft", "directions_turn_rl")
 """Claims with a test; the others have no p-value and no part in the correction."""
+RULES = {
+    "sigma_stable_sft": Rule(-1),
+    "sigma_stable_rl": Rule(-1),
+    "directions_turn_sft": Rule(),
+    "directions_turn_rl": Rule(),
+    "energy_preserved": Rule(-1, ENERGY, ENERGY),
+    "no_extremes": Rule(-1, CONCENTRATED, CONCENTRATED),
+    "same_profile": Rule(-1, SAME, SAME),
+    "hidden_states_shift": Rule(),
+    "rl_moves_back": Rule(),
+    "rotation_is_gauge": Rule(1, REMOVABLE, REMOVABLE),
+}
+"""Where the mean over seeds of the medians must lie; the registered boundaries, without a margin beyond them."""
+ABOUT_RL = ("sigma_stable_rl", "directions_turn_rl", "same_profile", "rl_moves_back")
+"""Claims about what RL does: they need an RL run that raised its own reward."""
+APPROXIMATE = "approximate, as the middle of the noise band stands for its median"
+NOT_EXACT = (
+    "The sign tests registered for the claims against noise are not exact: they take the middle of a 20-draw band for "
+    "the median of noise, and the tables hold the ends of the bands, not the draws, so that the rank of a value among "
+    "its draws cannot be had from them. The reading over seeds has the same middle in its estimates."
+)
+
+
+def readings(table: pl.DataFrame, premise: Callable[[str, int], str]) -> pl.DataFrame:
+    """The corrected reading of the table that `evaluate` makes; see `rlheals.reporting.readings`.
+
+    Args:
+        table: verdicts of the registered rule.
+        premise: for a model and seed, why its RL run cannot stand for RL; empty where it can.
+    """
+    found = []
+    for asked in questions(table, RULES):
+        if asked.claim in ABOUT_RL:
+            asked = voided(asked, partial(premise, asked.model))
+        if asked.claim in AGAINST_NOISE:
+            asked = replace(asked, remark=APPROXIMATE)
+        found.append(asked)
+    return read(found)
 
 
 def evaluate(study: Study, drift: Drift) -> pl.DataFrame:
@@ -178,10 +220,10 @@ def evaluate(study: Study, drift: Drift) -> pl.DataFrame:
     }
     own = {choice: _of_run(drift, choice) for choice in study.choices}
     found = [(claim.key, choice, rules[claim.key](own[choice])) for claim in CLAIMS for choice in study.choices]
-    tested = corrected_table([row for row in found if row[0] in AGAINST_NOISE])
+    tested = registered_table([row for row in found if row[0] in AGAINST_NOISE])
     # A margin decides alone: with p = 0 the shared rule asks for nothing but the margin.
     decided = [(key, choice, replace(evidence, p_value=0.0)) for key, choice, evidence in found]
-    sized = corrected_table([row for row in decided if row[0] not in AGAINST_NOISE])
+    sized = registered_table([row for row in decided if row[0] not in AGAINST_NOISE])
     return pl.concat([tested, sized.with_columns(p_value=pl.lit(nan), p_holm=pl.lit(nan))])
 
 

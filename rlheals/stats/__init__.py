@@ -21,3 +21,7 @@ from rlheals.stats.power import minimum_effect_paired as minimum_effect_paired
 from rlheals.stats.power import minimum_effect_unpaired as minimum_effect_unpaired
 from rlheals.stats.power import power_mcnemar as power_mcnemar
 from rlheals.stats.power import power_unpaired as power_unpaired
+from rlheals.stats.seeds import SeedMean as SeedMean
+from rlheals.stats.seeds import permutation_p_value as permutation_p_value
+from rlheals.stats.seeds import rank_correlation as rank_correlation
+from rlheals.stats.seeds import seed_mean as seed_mean

@@ -277,6 +277,7 @@ def _update(columns, arm, start, update, rng):
     row = dict.fromkeys(SCHEMAS["rl_training"], 0.0)
     row |= {**columns, "checkpoint_step": start, "arm": arm, "update": update, "episodes": 128, "turns": 128}
     row |= {"tokens": 3800, "solved_rate": 0.5 + update / 100, "reward_mean": 0.1, "format_error_rate": 0.02}
+    row |= {"learning_rate": 2e-4 if update > 2 else 0.0}  # two updates of warm-up, as the trainer has
     row |= {
         "kl_reference": None if arm == "reward_only" else 0.2 * rng.random(),
         "entropy": float(np.exp(-update / 20)),

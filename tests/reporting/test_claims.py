@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import polars as pl
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from rlheals.errors import UserError
-from rlheals.reporting.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Evidence, evaluate, pooled_verdict, verdict
+from rlheals.reporting.claims import CLAIMS, Evidence, evaluate, readings
+from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED, pooled_verdict, verdict
 from rlheals.reporting.tables import load_study
 from tests.reporting.fabricate import LADDER, make_params, make_project
 
@@ -139,3 +140,26 @@ def test_pooled_rule(seeds, expected):
 def test_every_rule_is_complete_text():
     for claim in CLAIMS:
         assert all([claim.statement, claim.estimand, claim.test, claim.holds_when, claim.fails_when, claim.source])
+
+
+def reading_of(root, claim, **more):
+    study = study_of(root, seeds=(0, 1, 2), **more)
+    table = evaluate(study)
+    rows = readings(table, study.choices).filter(pl.col("claim") == claim)
+    return rows.row(0, named=True), table.filter(pl.col("claim") == claim)
+
+
+def test_the_corrected_reading_is_about_the_mean_over_seeds(tmp_path):
+    row, table = reading_of(tmp_path, "ood_peaks_early_and_falls", hands=500)
+    low, high = ttest_1samp(table["estimate"], 0.0).confidence_interval()
+    assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
+    assert (row["reading"], row["registered"], row["seeds"]) == (HOLDS, HOLDS, 3)
+
+
+def test_a_late_peak_leaves_the_reading_open(tmp_path):
+    row, table = reading_of(tmp_path, "ood_peaks_early_and_falls", ladder=LATE)
+    assert (row["reading"], row["registered"]) == (UNDECIDED, FAILS)
+    late = table.filter(pl.col("note").str.contains("not an early peak"))["seed"].to_list()
+    assert len(late) == 2
+    assert row["reason"] == f"the OOD peak is not an early one in seeds {late[0]} and {late[1]}"
+    assert row["low"] > 0.5

@@ -10,14 +10,16 @@ import pytest
 import vl_convert
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from rlheals.errors import UserError
 from rlheals.publish import publish, verify
 from rlheals.reporting import claims_rl, figures
 from rlheals.reporting.branches import load_branches
-from rlheals.reporting.claims import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.claims import evaluate as evaluate_sft
+from rlheals.reporting.premises import WORSE, premise_of
+from rlheals.reporting.readings import NOT_TESTED, ONE_SEED
+from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.schemas import SCHEMAS, read_table, write_table
 from rlheals.reporting.sections import recovery
 from rlheals.reporting.tables import load_study
@@ -300,3 +302,65 @@ def test_quiet_findings_of_the_doctor_stay_in_the_table(tmp_path):
         write_table(quiet, "doctor", out / "doctor.parquet")
     again = load_study(study.params, study.root)
     assert recovery.build(again).context["findings"] == []
+
+
+def readings(study, training=None):
+    branches = load_branches(study)
+    premise = premise_of(branches.training if training is None else training(branches.training))
+    table = claims_rl.evaluate(study, branches)
+    found = claims_rl.readings(table, branches.final, study.choices, study.params.ppo.starts, premise)
+    return {row["claim"]: row for row in found.to_dicts()}
+
+
+def falling(training):
+    """The same branches with a share of solved hands that falls."""
+    return training.with_columns(solved_rate=1 - pl.col("solved_rate"))
+
+
+def test_seeds_decide_where_rl_raised_its_reward(tmp_path):
+    study = study_of(tmp_path, seeds=(0, 1, 2))
+    found = readings(study)
+    table = claims_rl.evaluate(study, load_branches(study))
+    heals = table.filter(pl.col("claim") == "rl_heals_moderate")
+    row = found["rl_heals_moderate"]
+    assert (row["seeds"], row["of"], row["registered"]) == (3, 3, heals["pooled"][0])
+    assert row["estimate"] == pytest.approx(heals["estimate"].mean())
+    low, high = ttest_1samp(heals["estimate"], 0.0).confidence_interval()
+    assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
+    late = table.filter(pl.col("claim") == "rl_cannot_late")["estimate"]
+    assert found["rl_cannot_late"]["estimate"] == pytest.approx(late.mean())
+
+
+def test_rl_that_made_its_task_worse_tests_nothing(tmp_path):
+    study = study_of(tmp_path, seeds=(0, 1, 2), hands=120)
+    for row in readings(study, falling).values():
+        assert (row["reading"], row["reason"], row["seeds"]) == (NOT_TESTED, WORSE, 0), row["claim"]
+
+
+def test_a_claim_about_two_arms_needs_both(tmp_path):
+    study = study_of(tmp_path, seeds=(0, 1, 2), hands=120)
+    bad = pl.col("arm") == "reward_only"
+    rate = pl.when(bad).then(1 - pl.col("solved_rate")).otherwise("solved_rate")
+    found = readings(study, lambda training: training.with_columns(solved_rate=rate))
+    assert found["kl_makes_half"]["reading"] == NOT_TESTED
+    assert found["rl_heals_moderate"]["reading"] != NOT_TESTED
+
+
+def test_one_seed_of_rl_gives_no_verdict(tmp_path):
+    found = readings(study_of(tmp_path, hands=120))
+    assert {row["reading"] for row in found.values()} == {ONE_SEED}
+
+
+def test_starts_where_rl_did_not_learn_are_left_out(tmp_path):
+    study = study_of(tmp_path, seeds=(0, 1, 2), hands=120)
+    branches = load_branches(study)
+    late = claims_rl.late_starts(study.params.ppo.starts, study.choices[0])
+    bad = pl.col("checkpoint_step") == late[0]
+    rate = pl.when(bad).then(1 - pl.col("solved_rate")).otherwise("solved_rate")
+    found = readings(study, lambda training: training.with_columns(solved_rate=rate))["rl_cannot_late"]
+    rows = branches.final.filter(
+        (pl.col("arm") == "ppo") & (pl.col("condition") == "ood") & pl.col("checkpoint_step").is_in(late[1:])
+    )
+    assert len(late) == 2
+    assert found["estimate"] == pytest.approx(rows["difference"].mean())
+    assert found["seeds"] == 3

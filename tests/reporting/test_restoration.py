@@ -12,7 +12,6 @@ import vl_convert
 from rlheals.errors import UserError
 from rlheals.publish import verify
 from rlheals.reporting import claims_restoration
-from rlheals.reporting.claims import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.claims import evaluate as evaluate_sft
 from rlheals.reporting.claims_restoration import AGAINST, repaired_starts
 from rlheals.reporting.figures.repairs import (
@@ -35,6 +34,7 @@ from rlheals.reporting.figures.restoration import (
     rankwise,
     with_controls,
 )
+from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.repairs import END, Repairs, edit_name, load_repairs, outcomes, unedited
 from rlheals.reporting.sections import restoration as section
 from rlheals.reporting.tables import Choice, load_study
@@ -177,12 +177,19 @@ def test_rows_of_the_figures_are_the_right_cells():
 
 
 @pytest.mark.parametrize(
-    ("norm", "told"), [(0.2, "50.0 %"), (0.201, "50.0 %"), (0.38, "50.0 % (×1.90)"), (0.1, "50.0 % (×0.50)")]
+    ("norm", "told"),
+    [
+        (0.2, "50.0 % (ID −4.2)"),
+        (0.201, "50.0 % (ID −4.2)"),
+        (0.38, "50.0 % (ID −4.2, ×1.90)"),
+        (0.1, "50.0 % (ID −4.2, ×0.50)"),
+    ],
 )
-def test_a_control_of_another_size_is_told(norm, told):
+def test_a_control_is_told_with_its_id_cost_and_its_size(norm, told):
     """Turned by the same angles in a random direction, weights change more than by the edit."""
-    assert section._drawn({"ood_accuracy": 0.5, "change_norm": norm}, {"change_norm": 0.2}) == told
-    assert section._drawn({"ood_accuracy": 0.5, "change_norm": norm}, {"change_norm": 0.0}) == "50.0 %"
+    draw = {"ood_accuracy": 0.5, "id_difference": -0.042, "change_norm": norm}
+    assert section._drawn(draw, {"change_norm": 0.2}) == told
+    assert section._drawn(draw, {"change_norm": 0.0}) == "50.0 % (ID −4.2)"
 
 
 def test_controls_stand_where_their_edit_stands():
@@ -384,9 +391,26 @@ def test_the_best_repair_is_chosen_on_select_within_the_budget(tmp_path):
     # Top 40 % gives more, but costs a quarter of the ID accuracy.
     assert best["cell_id"].endswith("layer0-1")
     assert best["split"] == "confirm"
-    sentence = section._sentence(repairs, best)
+    sentence = section._sentence(repairs, best, 0.05)
     assert sentence.startswith("directions of the base, layers 0-1: OOD +60.0 points")
     assert "its strongest control" in sentence
+    assert "breaks the ID budget" not in sentence
+
+
+def test_a_best_repair_that_costs_more_on_the_confirm_hands_is_told(tmp_path):
+    params = make_params()
+    make_project(tmp_path, params, hands=40)
+    study = load_study(params, tmp_path)
+    repairs = make(Picture(full=0.3, top=0.6))
+    best = section._best(study, repairs, "tiny", 0)
+    dearer = pl.when((pl.col("split") == "confirm") & (pl.col("cell_id") == best["cell_id"])).then(-0.1)
+    cells = repairs.cells.with_columns(id_difference=dearer.otherwise("id_difference"))
+    repairs = Repairs(cells, repairs.answers)
+    assert section._metrics(study, repairs)["tiny", 0]["repair_best_over_budget"] == 1
+    told = "which breaks the ID budget of 5 points, though it kept it on the select hands"
+    assert told in section._finding(study, repairs, "tiny")
+    flagged = [line["cell_id"] for line in section._runs(study, repairs)[0]["lines"] if line["over_budget"]]
+    assert flagged == [best["cell_id"]]
 
 
 def test_damaged_or_missing_runs_are_refused(tmp_path):

@@ -17,7 +17,6 @@ from scipy.stats import binomtest
 from rlheals.errors import UserError
 from rlheals.publish import verify
 from rlheals.reporting import claims_spectra
-from rlheals.reporting.claims import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.claims import evaluate as evaluate_sft
 from rlheals.reporting.drift import (
     BEYOND,
@@ -33,6 +32,7 @@ from rlheals.reporting.drift import (
 from rlheals.reporting.figures.drift_map import drift_ladder, drift_map, ladder_rows
 from rlheals.reporting.figures.gauge import function_drift, gauge_drift
 from rlheals.reporting.figures.spectra import angle_curves, default_matrices, has_angle_curves, singular_values
+from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED
 from rlheals.reporting.schemas import SCHEMAS
 from rlheals.reporting.sections import claims as claims_section
 from rlheals.reporting.sections import spectra as section

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import polars as pl
 
-from rlheals.reporting.claims import ALPHA
 from rlheals.reporting.figures.charts import (
     ACCURACY,
     NLL,
@@ -20,6 +19,7 @@ from rlheals.reporting.figures.charts import (
 )
 from rlheals.reporting.figures.curves import curves, step_axis
 from rlheals.reporting.figures.style import ARMS, BEFORE, METRICS, MUTED, Look
+from rlheals.reporting.registered import ALPHA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

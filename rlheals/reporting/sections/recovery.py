@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from rlheals.reporting.branches import load_branches
-from rlheals.reporting.claims import ALPHA
 from rlheals.reporting.figures import recovery_curve, recovery_gain, rl_advantages, rl_losses, rl_training
 from rlheals.reporting.figures.style import ARMS
+from rlheals.reporting.registered import ALPHA
 from rlheals.reporting.sections.core import Content, Figure, RunMetrics, Section
 from rlheals.reporting.words import interval, p_value, percent, points
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from rlheals.reporting.claims_restoration import TOP, repaired_starts
+from rlheals.reporting.equal_norm import leading
 from rlheals.reporting.figures.repairs import (
     better_in,
     impose,
@@ -48,7 +49,12 @@ def build(study: Study) -> Content | None:
     cells = repairs.cells.drop(DROPPED).with_columns(pl.selectors.float().round_sig_figs(6))
     return Content(
         figures=drawn,
-        context={"names": list(drawn), "runs": _runs(study, repairs), **_numbers(study, repairs)},
+        context={
+            "names": list(drawn),
+            "runs": _runs(study, repairs),
+            "steps": [row for model in study.params.models for row in leading(repairs.cells, model)],
+            **_numbers(study, repairs),
+        },
         findings=[_finding(study, repairs, model) for model in study.params.models],
         tables={"cells.csv": cells},
         metrics=_metrics(study, repairs),
@@ -143,7 +149,13 @@ def _runs(study: Study, repairs: Repairs) -> list[dict[str, Any]]:
         if edits.is_empty():
             continue
         ordered = edits.sort("target", "contrast", "ood_accuracy", descending=[True, True, True]).to_dicts()
-        lines = [_line(row, controls.filter(pl.col("control_of") == row["cell_id"])) for row in ordered]
+        screened = of_run(repairs.screened, model, seed)
+        within = set(screened.filter(pl.col("id_difference") >= _limit(study))["cell_id"].to_list())
+        lines = [
+            _line(row, controls.filter(pl.col("control_of") == row["cell_id"]))
+            | {"over_budget": row["cell_id"] in within and breaks_budget(row, study.params.restore.id_budget)}
+            for row in ordered
+        ]
         one = edits.row(0, named=True)
         runs.append({"model": model, "seed": seed, "lines": lines, "n": one["n"], "peak": one["ood_peak"]})
     return runs
@@ -163,10 +175,15 @@ def _line(row: dict[str, Any], controls: pl.DataFrame) -> dict[str, Any]:
 
 
 def _drawn(draw: dict[str, Any], row: dict[str, Any]) -> str:
-    """OOD accuracy of one draw of a control, with how large it is beside its edit where that is not as large."""
+    """OOD accuracy of one draw of a control and its change of ID accuracy, with its size where that is another."""
     ratio = draw["change_norm"] / row["change_norm"] if row["change_norm"] else 1.0
-    size = "" if abs(ratio - 1) < _SAME_SIZE else f" (×{ratio:.2f})"
-    return f"{percent(draw['ood_accuracy'])}{size}"
+    size = "" if abs(ratio - 1) < _SAME_SIZE else f", ×{ratio:.2f}"
+    return f"{percent(draw['ood_accuracy'])} (ID {points(draw['id_difference'])}{size})"
+
+
+def breaks_budget(row: dict[str, Any], budget: float) -> bool:
+    """Whether an edit costs more ID accuracy on the confirm hands than a repair may."""
+    return bool(row["id_difference"] < -budget - 1e-9)
 
 
 def _strongest(row: dict[str, Any]) -> str:
@@ -200,11 +217,14 @@ def _finding(study: Study, repairs: Repairs, model: str) -> str:
     for seed in seeds:
         best = _best(study, repairs, model, seed)
         where = f"seed {seed}: " if len(seeds) > 1 else ""
-        parts.append(f"{where}{_sentence(repairs, best) if best else 'no edit of SFT_End is within the ID budget'}")
+        budget = study.params.restore.id_budget
+        parts.append(
+            f"{where}{_sentence(repairs, best, budget) if best else 'no edit of SFT_End is within the ID budget'}"
+        )
     return f"Weight edits of SFT_End on model {model}, the best on select as confirmed: {'. '.join(parts)}."
 
 
-def _sentence(repairs: Repairs, best: dict[str, Any]) -> str:
+def _sentence(repairs: Repairs, best: dict[str, Any], budget: float) -> str:
     recovered = f", {percent(best['recovery'], 0)} of the loss" if best["recovery"] is not None else ""
     change = interval(best["ood_difference_low"], best["ood_difference_high"])
     cost = interval(best["id_difference_low"], best["id_difference_high"])
@@ -212,12 +232,14 @@ def _sentence(repairs: Repairs, best: dict[str, Any]) -> str:
         f"{edit_name(best)}: OOD {points(best['ood_difference'])} points {change}{recovered}, ID "
         f"{points(best['id_difference'])} {cost}"
     )
+    if breaks_budget(best, budget):
+        text += f", which breaks the ID budget of {100 * budget:g} points, though it kept it on the select hands"
     if best["p_control"] is None:
         return text
     rows = of_run(repairs.controls, best["model"], best["seed"]).filter(pl.col("cell_id") == best["best_control"])
     return (
-        f"{text}; its strongest control, {_strongest(best)}, gains {points(rows['ood_difference'][0])} points "
-        f"(p of the difference {p_value(best['p_control'])})"
+        f"{text}; its strongest control, {_strongest(best)}, gains {points(rows['ood_difference'][0])} points OOD at "
+        f"{points(rows['id_difference'][0])} ID (p of the OOD difference {p_value(best['p_control'])})"
     )
 
 
@@ -230,6 +252,7 @@ def _metrics(study: Study, repairs: Repairs) -> RunMetrics:
                 "repair_best_recovery": best["recovery"],
                 "repair_best_ood_gain": best["ood_difference"],
                 "repair_best_id_change": best["id_difference"],
+                "repair_best_over_budget": int(breaks_budget(best, study.params.restore.id_budget)),
                 "repair_best_p_control": best["p_control"],
             }
     return found

@@ -18,14 +18,13 @@ from rlheals.training.ppo.checks import CHANGE, CHECKS, Finding, column, third
 from rlheals.training.ppo.checks import ERROR as ERROR
 from rlheals.training.ppo.checks import OK as OK
 from rlheals.training.ppo.checks import WARNING as WARNING
+from rlheals.training.ppo.manipulation import KEYS, NO_REWARD_ARM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-KEYS = ("profile", "model", "seed", "checkpoint_step", "arm")
-NO_REWARD_ARM = "kl_only"
 REWARD_CHECKS = frozenset({"reward_balance_low", "reward_balance_high", "reward_spread", "reward_hacking"})
 """Checks that mean nothing in an arm that does not use the reward."""
 
