@@ -67,7 +67,7 @@ def function_drift_table(
         folders = models[pair.reference], models[pair.target]
         for condition, ids in texts.items():
             ends = (digests[pair.reference], digests[pair.target])
-            decides = ["function", ends, ids, draws, settings.seed, dtype]
+            decides = ["function", ends, ids, draws, settings.seed, dtype, settings.device]
             answer = partial(
                 _answer, folders[0], folders[1], ids, draws, seed_of(settings.seed, *ends), dtype, settings.device
             )

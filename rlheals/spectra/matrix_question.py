@@ -76,6 +76,7 @@ class MatrixQuestion:
             self.settings.nulls,
             self.settings.seed,
             self.reference.topology.initializer_range,
+            self.settings.device,
         ]
 
     def unchanged(self, results: ResultCache) -> Finding:

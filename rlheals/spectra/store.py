@@ -1,9 +1,11 @@
 """Factors on disk, under the content of the tensor they belong to: a matrix is decomposed once, ever.
 
-An entry is a folder named by the sha256 of tensor digest, driver, device and `VERSION`. It holds ``left.f64`` and
-``right.f64``, the bases with one singular vector after the other in little-endian float64, so that some columns are one
-contiguous read; ``values.f64``; and ``entry.json`` with shape, driver, errors and the sha256 of the other files. Files
-are read with seek and read, not mapped, because a map counts as address space under a memory limit.
+An entry is a folder named by the sha256 of tensor digest, driver, device, `VERSION`, and the code, libraries, processor
+and threads that decompose (`rlheals.spectra.provenance`): factors are exact to rounding, but only factors of equal
+rounding give an edit the same bits. It holds ``left.f64`` and ``right.f64``, the bases with one singular vector after
+the other in little-endian float64, so that some columns are one contiguous read; ``values.f64``; and ``entry.json``
+with shape, driver, errors and the sha256 of the other files. Files are read with seek and read, not mapped, because a
+map counts as address space under a memory limit.
 
 Entries appear by one rename. Whoever uses one holds a shared ``flock`` on its folder, and only a folder that can be
 locked exclusively is removed, so processes may share a store.
@@ -30,6 +32,7 @@ import torch
 from rlheals.errors import UserError, disk_errors
 from rlheals.publish import sha256_file
 from rlheals.spectra.factorise import factorise
+from rlheals.spectra.provenance import code_of, machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from rlheals.spectra.factors import Factors
 
 VERSION = 1
-"""Part of every key; raise it when `factorise` gives other bytes for the same tensor."""
+"""Part of every key; raise it when the files of an entry change their meaning."""
 _ENTRY = "entry.json"
 _FILES = ("left.f64", "right.f64", "values.f64")
 _PARTIAL = ".partial-"
@@ -126,7 +129,9 @@ class FactorStore:
 
     def key(self, digest: str) -> str:
         """Name of the entry for a tensor with this digest."""
-        text = f"{digest}|{self.driver}|{torch.device(self.device).type}|{VERSION}"
+        device = torch.device(self.device).type
+        told = [digest, self.driver, device, VERSION, code_of("spectra/factorise.py"), machine()]
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def factors(self, tensor: Callable[[], Tensor], digest: str) -> StoredFactors:
