@@ -155,6 +155,17 @@ class FactorStore:
         self._evict()
         return found
 
+    def bytes_on_disk(self) -> int:
+        """Size of all entries, those of other runs included."""
+        return sum(used[1] for used in map(_usage, self._entries()) if used)
+
+    def told(self) -> str:
+        """One line about what stays on disk, where, and how to limit it."""
+        return (
+            f"kept on disk for the next run: {self.bytes_on_disk() / 2**30:.3g} GiB of decompositions in "
+            f"{self.directory}, at most {self.cap_bytes / 2**30:.3g} GiB (--cache-gib); the folder may be deleted."
+        )
+
     def _open(self, folder: Path) -> StoredFactors | None:
         """The entry, locked against eviction; None when there is none or it is damaged."""
         descriptor = _locked(folder, fcntl.LOCK_SH)
