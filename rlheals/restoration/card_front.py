@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub.repocard import metadata_load
-from huggingface_hub.repocard_data import ModelCardData
 
 from rlheals.restoration.side_files import stays
 
@@ -33,15 +33,22 @@ def front_matter(title: str, models: Sequence[tuple[str, Path]], merged: bool) -
         models: name and folder of each model that it was made of, the one that it continues first.
         merged: it is a merge of all of them; else it is what became of the first.
     """
-    entries: dict[str, Any] = {
-        "base_model": list(dict.fromkeys(hub_name(name, folder) for name, folder in models)),
-        "library_name": "transformers",
-        "tags": ["rlheals"],
-        **licence([folder for _, folder in models]),
-        **({"base_model_relation": "merge"} if merged else {}),
-    }
-    data = ModelCardData(**entries)
-    return ["---", *data.to_yaml(line_break="\n").splitlines(), "---", "", f"# {plain(title)}", ""]
+    sources = dict.fromkeys(hub_name(name, folder) for name, folder in models)
+    terms = licence([folder for _, folder in models])
+    return [
+        "---",
+        "base_model:",
+        *(f"- {_quoted(source)}" for source in sources),
+        *(["base_model_relation: merge"] if merged else []),
+        "library_name: transformers",
+        *(f"{key}: {_quoted(value)}" for key, value in terms.items()),
+        "tags:",
+        "- rlheals",
+        "---",
+        "",
+        f"# {plain(title)}",
+        "",
+    ]
 
 
 def hub_name(name: str, folder: Path) -> str:
@@ -72,7 +79,18 @@ def licence(folders: Sequence[Path]) -> dict[str, str]:
 
 def plain(text: str) -> str:
     """A name on one line of a Markdown table, whatever it holds."""
-    return re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).replace("|", "\\|").replace("`", "'").strip()
+    return _one_line(text).replace("|", "\\|").replace("`", "'")
+
+
+def _one_line(text: str) -> str:
+    """Without control characters, line breaks, and the halves of characters that file names may have."""
+    known = text.encode(errors="replace").decode()
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+", " ", known).strip()
+
+
+def _quoted(text: str) -> str:
+    """A string of YAML, quoted so that no version of YAML takes it for anything else."""
+    return json.dumps(_one_line(text), ensure_ascii=False)
 
 
 def _licence_of_card(folder: Path) -> dict[str, str]:

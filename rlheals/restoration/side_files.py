@@ -88,13 +88,13 @@ def side_files(source: Path) -> SideFiles:
     Raises:
         UserError: the config is a link that leads out of the folder, so nothing that loads could be written.
     """
-    wanted = [path for path in sorted(source.iterdir()) if _is_wanted(path.name)]
+    wanted = [path for path in sorted(source.iterdir()) if goes_along(path.name)]
     wanted += [path for name in _TEMPLATES for path in _templates(source / name)]
     inside = [path for path in wanted if stays(path, source)]
     if any(_names_code(path) for path in inside if path.suffix == ".json"):
         code = sorted(source.glob("*.py"))
         wanted, inside = [*wanted, *code], [*inside, *(path for path in code if stays(path, source))]
-    strangers = tuple((str(path.relative_to(source)), str(path.resolve())) for path in wanted if path not in inside)
+    strangers = tuple((str(path.relative_to(source)), str(path.readlink())) for path in wanted if path not in inside)
     for name, place in strangers:
         if name == CONFIG:
             raise UserError(
@@ -129,16 +129,17 @@ def stays(path: Path, source: Path) -> bool:
     return any(found.is_relative_to(cache) for cache in caches) or bool(_DVC_CACHE.search(str(found)))
 
 
-def _is_wanted(name: str) -> bool:
+def goes_along(name: str) -> bool:
+    """Whether a file of this name, other than Python code, goes along with the weights."""
     lower = name.lower()
     return any(fnmatchcase(lower, each) for each in _COPIED) and not any(fnmatchcase(lower, each) for each in _LEFT)
 
 
 def _templates(folder: Path) -> Iterator[Path]:
-    """The templates of a folder of them; the folder itself where it is a link."""
-    if folder.is_symlink():
+    """The templates of a folder of them; the folder itself where it is a link that leads elsewhere."""
+    if folder.is_symlink() and not stays(folder, folder.parent):
         yield folder
-    if folder.is_dir():
+    elif folder.is_dir():
         yield from sorted(folder.glob("*.jinja"))
 
 

@@ -21,7 +21,8 @@ ANSWERS = ("matrix_question", "head_question", "gauge_question", "function_quest
 
 def loaded(script: str) -> set[Path]:
     """Files of the package that Python itself has loaded after the script."""
-    listed = f"{script}\nimport sys\nprint(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'rlheals' and m.__file__))"
+    files = "[m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'rlheals' and m.__file__]"
+    listed = f"{script}\nimport sys\nprint(*{files})"
     done = subprocess.run(
         [sys.executable, "-c", listed], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
