@@ -26,7 +26,6 @@ SMALL_MODEL = 2 * 2**30
 """Bytes of weights from which on two models in memory are a burden that the user must ask for."""
 BATCH = 32
 SAMPLED = "sampled from base"
-SAMPLED_TEXTS, SAMPLED_TOKENS = 64, 48
 FROM_FILE = "prompts"
 LONGEST = 512
 COLUMNS: dict[str, type[pl.DataType]] = {
@@ -102,6 +101,8 @@ def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> 
         UserError: the file is unreadable or has no text, or ``base`` does not load.
     """
     if prompts is None:
+        from rlheals.spectra.sampled_texts import sample_texts
+
         return {SAMPLED: sample_texts(base, settings.seed, settings.device)}
     from rlheals.models.checkpoint import load_tokenizer
 
@@ -115,26 +116,6 @@ def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> 
         raise UserError(f"--prompts {prompts} has no text; write one prompt on each line.")
     ids = load_tokenizer(base)(lines)["input_ids"]
     return {FROM_FILE: [each[:LONGEST] for each in ids]}
-
-
-def sample_texts(base: Path, seed: int, device: str) -> list[list[int]]:
-    """Texts that ``base`` writes from its first token on, at temperature 1; the same for the same seed and machine."""
-    import torch
-
-    from rlheals.models.checkpoint import load_model
-
-    model = load_model(base, "float32", device)
-    config = model.config.get_text_config()
-    starts = (config.bos_token_id, config.eos_token_id, 0)
-    first = next(each[0] if isinstance(each, list) else each for each in starts if each is not None)
-    ids = torch.full((SAMPLED_TEXTS, 1), first, dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
-    length = min(SAMPLED_TOKENS, int(config.max_position_embeddings))
-    with torch.inference_mode():
-        while ids.shape[1] < length:
-            logits = model(input_ids=ids.to(device), use_cache=False).logits[:, -1].float().cpu()
-            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
-    return [[int(token) for token in row] for row in ids.tolist()]
 
 
 def as_batches(texts: Sequence[Sequence[int]]) -> list[Batch]:
