@@ -47,24 +47,27 @@ def sample_texts(base: Path, seed: int, device: str) -> list[list[int]]:
     return sample(model, first_token(model.config, _tokenizer(base)), seed)
 
 
-def sample(model: Any, first: int, seed: int) -> list[list[int]]:
-    """`TEXTS` texts of `TOKENS` tokens each (fewer where the context is shorter), ``first`` included.
+def sample(model: Any, first: int, seed: int, texts: int | None = None, tokens: int | None = None) -> list[list[int]]:
+    """Texts of so many tokens each (fewer where the context is shorter), ``first`` included.
 
     Args:
         model: a causal language model in evaluation mode; its generation config is replaced.
         first: token that all of them start with.
         seed: of the draws.
+        texts: how many; `TEXTS` where None.
+        tokens: of each; `TOKENS` where None.
     """
-    start = torch.full((TEXTS, 1), first, dtype=torch.long, device=model.device)
+    start = torch.full((texts or TEXTS, 1), first, dtype=torch.long, device=model.device)
     context = context_of(model.config)
-    new = (min(TOKENS, context) if context > 0 else TOKENS) - 1  # a config may say -1 for no end
+    length = tokens or TOKENS
+    new = (min(length, context) if context > 0 else length) - 1  # a config may say -1 for no end
     if new < 1:
-        return [[first]] * TEXTS
+        return [[first]] * len(start)
     with torch.inference_mode():
-        texts = _with_cache(model, start, new, seed)
-        if texts is None:
-            texts = _without_cache(model, start, new, seed)
-    return [[int(token) for token in row] for row in texts.tolist()]
+        written = _with_cache(model, start, new, seed)
+        if written is None:
+            written = _without_cache(model, start, new, seed)
+    return [[int(token) for token in row] for row in written.tolist()]
 
 
 def _with_cache(model: Any, start: Tensor, new: int, seed: int) -> Tensor | None:

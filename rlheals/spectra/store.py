@@ -161,9 +161,10 @@ class FactorStore:
 
     def told(self) -> str:
         """One line about what stays on disk, where, and how to limit it."""
+        held, most = _size(self.bytes_on_disk()), _size(self.cap_bytes)
         return (
-            f"kept on disk for the next run: {self.bytes_on_disk() / 2**30:.3g} GiB of decompositions in "
-            f"{self.directory}, at most {self.cap_bytes / 2**30:.3g} GiB (--cache-gib); the folder may be deleted."
+            f"kept on disk for the next run: {held} of decompositions in {self.directory}, at most {most} "
+            "(--cache-gib); the folder may be deleted."
         )
 
     def _open(self, folder: Path) -> StoredFactors | None:
@@ -247,6 +248,14 @@ class FactorStore:
                 newest = max(each.stat().st_mtime for each in (path, *path.iterdir()))
                 if time.time() - newest > _STALE_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _size(count: int) -> str:
+    """Bytes as people say them."""
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.3g} {unit}"
+    return f"{count / 1024:.3g} KiB"
 
 
 def _filled(array: NDArray[np.float64], path: str, offset: int) -> bool:

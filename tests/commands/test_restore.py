@@ -117,7 +117,8 @@ def test_after_an_edit_come_the_next_steps_and_what_stays_on_disk(
     size = patch.stat().st_size
     assert f"wrote {patch}: {size:,} bytes, {100 * size / weights:.3g} % of the {weights:,} bytes of weights" in text
     stored = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-    kept = f"{stored / 2**30:.3g} GiB of decompositions in {cache / 'factors'}, at most 2 GiB (--cache-gib)"
+    assert 1024 < stored < 2**20
+    kept = f"{stored / 1024:.3g} KiB of decompositions in {cache / 'factors'}, at most 2 GiB (--cache-gib)"
     assert kept in text.splitlines()[-1]
     told = json.loads(run(capsys, "restore", reference, target, *options, "--patch", patch, "--json")[1])
     assert (told["patch_bytes"], told["patch_weight_bytes"]) == (size, weights)
