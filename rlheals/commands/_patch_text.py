@@ -24,9 +24,7 @@ def size_told(patch_bytes: int, weight_bytes: int) -> str:
     told = f"{patch_bytes:,} bytes, {100 * share:.3g} % of the {weight_bytes:,} bytes of weights that it changes"
     if share <= LARGE:
         return told
-    return (
-        f"{told}; where both models are at hand, `rlheals restore --recipe FILE` says an edit in less than a kilobyte."
-    )
+    return f"{told}; for whoever has both models `rlheals restore --recipe FILE` says an edit in about a kilobyte."
 
 
 def patch_lines(patch: Patch) -> Iterator[str]:
@@ -50,7 +48,7 @@ def recipe_lines(recipe: Recipe, place: str) -> Iterator[str]:
     yield f"  gives the model of weights sha256 {recipe.result.weights_sha256}"
     yield (
         f"  made by rlheals {made.rlheals}, torch {made.torch}, on {made.device} ({made.cpu}), {made.threads} "
-        f"thread{'s' if made.threads > 1 else ''}; other ones may round otherwise, and are told so"
+        f"thread{'s' if made.threads > 1 else ''}; elsewhere rounding may differ, which is checked"
     )
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 PLAIN, BY_RANKS = "interpolate", "directions"
 """The operator where none is named: without and with a window, a basis or the released scripts' ways."""
 PLAIN_DOSE = 0.75
-"""The dose of a plain step where none is given: in the study and on a real model it brings most of the loss back for
-little of the task, and beyond .8 the task falls off (docs/restoration.md)."""
+"""The dose of a plain step where none is given: in the study and on a real model it brought most of what was lost back,
+for 0 to 10 points of the task; beyond .8 the task may fall off (docs/restoration.md)."""
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +75,7 @@ def restore(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="File (JSON, below a kilobyte) for the edit and the sha256 of both models and the result, for whoever "
+            help="File (JSON, about a kilobyte) for the edit and the sha256 of both models and the result, for whoever "
             "has the models: `rlheals patch apply` makes the same weights or says that it cannot."
         ),
     ] = None,
@@ -90,8 +90,8 @@ def restore(
 ) -> None:
     """Edit the weights of TARGET towards those of REFERENCE, without training, as a new folder or a patch file.
 
-    Without further options it goes three quarters of the straight way back, which is the edit that helps most for its
-    price in the study. The folder loads like any other: weights, config, tokenizer, templates, and a model card with
+    Without further options it goes three quarters of the straight way back, which in the study and on a real model
+    brought most of what was lost back, at a price in the task that has to be measured. The folder loads like any other: weights, config, tokenizer, templates, and a model card with
     the exact recipe. Reads and writes one tensor at a time, in start-up memory plus at most eight times the largest
     tensor as float32, whatever type it is stored in. Decompositions are kept in the cache `rlheals diagnose` uses.
     """
