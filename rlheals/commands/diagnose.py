@@ -178,11 +178,15 @@ def _show(found: Diagnosis, caches: Caches, every: bool) -> None:
 def _plan(base: Path, checkpoints: int, settings: DiagnoseSettings, function: bool | None, known: bool) -> Forecast:
     """What the run would cost, and what is left out of that."""
     from dataclasses import replace
+    from time import process_time
+
+    import transformers  # noqa: F401  a run imports it, and that takes seconds
 
     from rlheals.spectra.diagnose import small_enough
     from rlheals.spectra.plan import KNOWN, Forecast, calibrate, plan, workload_of
     from rlheals.spectra.plan_function import function_cost
 
+    start_up = process_time()
     chosen = settings.modules, settings.layers
     own = workload_of(base, *chosen, embeddings=settings.embeddings, gauge=settings.gauge)
     rates = calibrate(settings.device)
@@ -194,7 +198,7 @@ def _plan(base: Path, checkpoints: int, settings: DiagnoseSettings, function: bo
             own = replace(own, function=function_cost(base, settings.device))
         except UserError as error:
             left_out = f"function drift, whose time is not known: {error}"
-    estimates = plan([own, *(KNOWN if known else ())], rates, checkpoints, settings.nulls)
+    estimates = plan([own, *(KNOWN if known else ())], rates, checkpoints, settings.nulls, start_up)
     return Forecast(tuple(estimates), rates.busy, left_out)
 
 

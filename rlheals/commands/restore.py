@@ -91,9 +91,10 @@ def restore(
     """Edit the weights of TARGET towards those of REFERENCE, without training, as a new folder or a patch file.
 
     Without further options it goes three quarters of the straight way back, which in the study and on a real model
-    brought most of what was lost back, at a price in the task that has to be measured. The folder loads like any other: weights, config, tokenizer, templates, and a model card with
-    the exact recipe. Reads and writes one tensor at a time, in start-up memory plus at most eight times the largest
-    tensor as float32, whatever type it is stored in. Decompositions are kept in the cache `rlheals diagnose` uses.
+    brought most of what was lost back, at a price in the task that has to be measured. The folder loads like any
+    other: weights, config, tokenizer, templates, and a model card with the exact recipe. Reads and writes one tensor at
+    a time, in start-up memory plus at most eight times the largest tensor as float32, whatever type it is stored in.
+    Decompositions are kept in the cache `rlheals diagnose` uses.
     """
     from rlheals.restoration.folder_edit import FolderEdit
     from rlheals.restoration.grid import ModelSet

@@ -117,6 +117,7 @@ class Estimate:
         read: reading and hashing.
         disk_gib: GiB of decompositions on disk.
         source: how the numbers came about.
+        start_up: of the program, libraries included.
     """
 
     model: str
@@ -133,10 +134,11 @@ class Estimate:
     read: float
     disk_gib: float
     source: str
+    start_up: float = 0.0
 
     def first_run(self, draws: int | None = None) -> float:
         """Seconds of a run that finds nothing in the cache, with as many null draws as asked for or as given."""
-        return self.factorise + self.measure + self.read + self.nulls(draws) + self.others(draws)
+        return self.factorise + self.measure + self.second_run + self.nulls(draws) + self.others(draws)
 
     def nulls(self, draws: int | None = None) -> float:
         """Seconds of the null draws of the matrices."""
@@ -151,8 +153,8 @@ class Estimate:
 
     @property
     def second_run(self) -> float:
-        """Seconds of the same run again: only the bytes are read and hashed."""
-        return self.read
+        """Seconds of the same run again: the bytes are read and hashed, nothing else."""
+        return self.start_up + self.read
 
 
 @dataclass(frozen=True)
@@ -345,9 +347,12 @@ def _digest_rate(size: int = 2**25) -> float:
     return size / seconds
 
 
-def plan(workloads: Sequence[Workload], rates: Rates, checkpoints: int, draws: int) -> list[Estimate]:
+def plan(
+    workloads: Sequence[Workload], rates: Rates, checkpoints: int, draws: int, start_up: float = 0.0
+) -> list[Estimate]:
     """Every workload on this machine, whose rates are given, and on one GPU where these are a CPU's."""
     devices = [rates, gpu_rates(rates)] if rates.on_cpu else [rates]
     found = [estimate(workload, each, checkpoints, draws) for workload in workloads for each in devices]
+    found = [replace(each, start_up=start_up) for each in found]
     # A GPU's forward passes are not among the formulas.
     return [replace(each, function=None, function_draw=0.0) if each.source == GPU_SOURCE else each for each in found]

@@ -132,7 +132,7 @@ def test_the_plan_adds_up_in_json(folders: tuple[Path, Path, Path], capsys: pyte
     told = json.loads(run(capsys, folders[0], "--plan", "--json", "--device", "cpu", "--no-gauge")[1])
     here, there = told["estimates"]
     assert (here["model"], here["draws"], here["gauge"], there["function"]) == ("base", 20, 0, None)
-    matrices = here["factorise"] + here["measure"] + here["read"] + 20 * here["null"]
+    matrices = here["start_up"] + here["factorise"] + here["measure"] + here["read"] + 20 * here["null"]
     assert here["function"] > 0
     assert here["first_run"] == pytest.approx(matrices + here["function"] + 5 * here["function_draw"])
     few = here["first_run"] - 18 * here["null"] - 3 * here["function_draw"]

@@ -66,6 +66,8 @@ def test_a_gpu_by_formula_is_told_without_function_drift() -> None:
     here, there = plan([workload], RATES, 1, 5)
     assert (here.function, there.function, there.function_draw) == (10.0, None, 0.0)
     assert there.source == GPU_SOURCE
+    later = plan([workload], RATES, 1, 5, start_up=3.0)[0]
+    assert later.first_run() - here.first_run() == later.second_run - here.second_run == pytest.approx(3.0)
     assert [each.device for each in plan([workload], replace(RATES, on_cpu=False), 1, 5)] == ["here"]
 
 
