@@ -116,7 +116,7 @@ def diagnose(
     pairs = [Pair(names[0], name) for name in names[1:]]
     wanted = small_enough(models.values()) if function is None else function
     # Before the long part: a mistake in the prompts must not cost its time.
-    encoded = prompts_of(base, prompts, settings) if wanted else {}
+    encoded = prompts_of(base, prompts, settings, caches.results) if wanted else {}
     found = compare(models, pairs, settings, caches)
     if not wanted:
         note = "function drift was not measured (a model is 2 GiB or larger); --function switches it on."

@@ -92,8 +92,8 @@ def weights_digest(path: Path) -> str:
     return hashlib.sha256("\n".join([*texts, config]).encode()).hexdigest()
 
 
-def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> Texts:
-    """Token ids of the texts to compare on: the lines of a file, or sequences sampled from ``base``.
+def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings, results: ResultCache) -> Texts:
+    """Token ids of the texts to compare on: the lines of a file, or sequences sampled from ``base`` and then kept.
 
     Lines are tokenised as they stand, without a chat template; the first 512 tokens count.
 
@@ -101,9 +101,7 @@ def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> 
         UserError: the file is unreadable or has no text, or ``base`` does not load.
     """
     if prompts is None:
-        from rlheals.spectra.sampled_texts import sample_texts
-
-        return {SAMPLED: sample_texts(base, settings.seed, settings.device)}
+        return {SAMPLED: _sampled(base, settings, results)}
     from rlheals.models.checkpoint import load_tokenizer
 
     try:
@@ -116,6 +114,18 @@ def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> 
         raise UserError(f"--prompts {prompts} has no text; write one prompt on each line.")
     ids = load_tokenizer(base)(lines)["input_ids"]
     return {FROM_FILE: [each[:LONGEST] for each in ids]}
+
+
+def _sampled(base: Path, settings: DiagnoseSettings, results: ResultCache) -> list[list[int]]:
+    from rlheals.spectra.sampled_texts import sample_texts, start_of
+
+    first = start_of(base)
+    decides = ["texts", weights_digest(base), first, settings.seed, settings.device]
+    found = results.finding(
+        decides, lambda: Finding(pl.DataFrame(), {"ids": sample_texts(base, first, settings.seed, settings.device)})
+    )
+    ids: list[list[int]] = found.facts["ids"]
+    return ids
 
 
 def as_batches(texts: Sequence[Sequence[int]]) -> list[Batch]:

@@ -70,7 +70,7 @@ def machine() -> dict[str, str]:
     """Versions of the libraries, the processor, and how many threads share a sum: what rounding depends on."""
     found = {name: _version(name) for name in LIBRARIES}
     found |= {name: value for name in SWITCHES if (value := os.environ.get(name))}
-    return found | {"cpu": processor(), "threads": str(torch.get_num_threads())}
+    return found | {"cpu": processor(), "gpu": accelerator(), "threads": str(torch.get_num_threads())}
 
 
 @cache
@@ -82,6 +82,12 @@ def processor() -> str:
         lines = []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return f"{named or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@cache
+def accelerator() -> str:
+    """The first CUDA device's name and the version of CUDA; empty where there is none."""
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if torch.cuda.is_available() else ""
 
 
 @cache

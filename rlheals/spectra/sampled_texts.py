@@ -35,16 +35,26 @@ _TALK = [
 """A conversation in which every token that opens or closes a message occurs more than once."""
 
 
-def sample_texts(base: Path, seed: int, device: str) -> list[list[int]]:
-    """Texts that ``base`` writes from its `first_token` on, at temperature 1; the same for the same seed and machine.
+def start_of(base: Path) -> int:
+    """The `first_token` of the model in folder ``base``.
+
+    Raises:
+        UserError: its config describes no model that can be built.
+    """
+    from rlheals.models.checkpoint import skeleton
+
+    return first_token(skeleton(base).config, _tokenizer(base))
+
+
+def sample_texts(base: Path, first: int, seed: int, device: str) -> list[list[int]]:
+    """Texts that ``base`` writes from a token on, at temperature 1; the same for the same seed and machine.
 
     Raises:
         UserError: the folder does not load as a causal language model.
     """
     from rlheals.models.checkpoint import load_model
 
-    model = load_model(base, "float32", device)
-    return sample(model, first_token(model.config, _tokenizer(base)), seed)
+    return sample(load_model(base, "float32", device), first, seed)
 
 
 def sample(model: Any, first: int, seed: int, texts: int | None = None, tokens: int | None = None) -> list[list[int]]:

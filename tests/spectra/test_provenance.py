@@ -76,7 +76,7 @@ def test_a_new_import_brings_its_file_along(copy: Path) -> None:
     module.write_text(content)
 
 
-@pytest.mark.parametrize("what", ["library", "threads", "processor", "switch"])
+@pytest.mark.parametrize("what", ["library", "threads", "processor", "accelerator", "switch"])
 def test_caches_of_another_machine_are_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     results, factors = ResultCache(tmp_path), FactorStore(tmp_path / "factors", 2**20)
 
@@ -88,8 +88,8 @@ def test_caches_of_another_machine_are_not_found(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(provenance, "_version", lambda _: "0.1")
     elif what == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
-    elif what == "processor":
-        monkeypatch.setattr(provenance, "processor", lambda: "another")
+    elif what in ("processor", "accelerator"):
+        monkeypatch.setattr(provenance, what, lambda: "another")
     else:
         monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     assert machine() != known

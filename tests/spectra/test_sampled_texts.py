@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,10 @@ from transformers import (
 
 from rlheals.models.checkpoint import load_model
 from rlheals.spectra import sampled_texts
-from rlheals.spectra.sampled_texts import TEXTS, TOKENS, first_token, sample, sample_texts
+from rlheals.spectra.function_question import prompts_of
+from rlheals.spectra.results import ResultCache
+from rlheals.spectra.sampled_texts import TEXTS, TOKENS, first_token, sample, sample_texts, start_of
+from rlheals.spectra.settings import DiagnoseSettings
 from tests.common import make_folder, make_model, make_tokenizer
 
 if TYPE_CHECKING:
@@ -133,8 +137,22 @@ def test_a_folder_without_a_tokenizer_writes_texts(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / file).unlink(missing_ok=True)
-    texts = sample_texts(folder, 0, "cpu")
-    assert texts == by_hand(load_model(folder), texts[0][0], seed=0)
+    model = load_model(folder)
+    assert start_of(folder) == model.config.bos_token_id
+    assert sample_texts(folder, start_of(folder), 0, "cpu") == by_hand(model, model.config.bos_token_id, seed=0)
+
+
+def test_texts_are_sampled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, settings = make_folder(tmp_path / "m"), DiagnoseSettings(nulls=0)
+    first = prompts_of(folder, None, settings, ResultCache(tmp_path))
+    again = ResultCache(tmp_path)
+    monkeypatch.setattr(sampled_texts, "sample_texts", lambda *_: pytest.fail("sampled again"))
+    assert prompts_of(folder, None, settings, again) == first
+    assert (again.computed, again.hits) == (0, 1)
+    monkeypatch.setattr(sampled_texts, "sample_texts", lambda *_: [[1]])
+    assert prompts_of(folder, None, replace(settings, seed=1), again) == {"sampled from base": [[1]]}
+    monkeypatch.setattr(sampled_texts, "start_of", lambda _: 7)
+    assert prompts_of(folder, None, settings, again) == {"sampled from base": [[1]]}
 
 
 class Talker:
