@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rlheals.spectra.diagnose import Diagnosis
-    from rlheals.spectra.plan import Estimate
+    from rlheals.spectra.plan import Forecast
 
 WIDTH = 130
 """Columns where there is no terminal to ask."""
@@ -25,6 +23,8 @@ VERDICTS = {
     "structured rotation": "rotation",
     "magnitude change": "magnitude",
 }
+BUSY = 1.5
+"""From this ratio of clock to processor time on the machine is told to be busy."""
 FUNCTION = ("kl_base_tuned", "entropy_before", "entropy_after", "margin_before", "margin_after")
 
 
@@ -39,27 +39,53 @@ def show_diagnosis(found: Diagnosis, counters: str, every: bool) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def show_plan(estimates: Sequence[Estimate]) -> None:
-    """One line a model and device."""
-    from rlheals.spectra.plan import KNOWN
-
-    tuned = estimates[0].checkpoints
-    title = f"Expected time of rlheals diagnose for {tuned} tuned model{'s' if tuned > 1 else ''}"
+def show_plan(found: Forecast) -> None:
+    """One line a model and device, then what other numbers of null draws would cost and what is left out."""
+    first = found.estimates[0]
+    title = (
+        f"Expected cost of rlheals diagnose for {first.checkpoints} tuned model{'s' if first.checkpoints > 1 else ''}"
+    )
     table = Table(title=title, title_justify="left")
-    table.add_column("model", overflow="fold", min_width=max(len(workload.name) for workload in KNOWN))
+    table.add_column("model", overflow="fold", min_width=max(len(each.model[:30]) for each in found.estimates))
     table.add_column("device", no_wrap=True)
-    for name in ("matrices", "factorise", "measure", "nulls", "first run", "second run", "disk"):
+    names = (
+        "matrices",
+        "factorise",
+        "measure",
+        f"{first.draws} nulls",
+        "gauge, function",
+        "first run",
+        "second",
+        "disk",
+    )
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for each in estimates:
-        times = [each.factorise, each.measure, each.nulls, each.first_run, each.second_run]
+    for each in found.estimates:
+        times = [each.factorise, each.measure, each.nulls(), each.others(), each.first_run(), each.second_run]
         cells = [duration(seconds) for seconds in times]
         table.add_row(each.model, each.device, str(each.matrices), *cells, f"{each.disk_gib:.3g} GiB")
     console = _console()
     console.print(table)
-    said = "Singular vectors and their nulls; function drift and gauge come on top. A second run reads and hashes only."
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
-    for device, source in {each.device: each.source for each in estimates}.items():
-        console.print(f"{device}: {source}", markup=False, highlight=False, soft_wrap=True)
+    for line in plan_lines(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def plan_lines(found: Forecast) -> list[str]:
+    """What the numbers of a plan mean."""
+    from rlheals.spectra.plan import FEW_NULLS
+
+    own = found.estimates[0]
+    others = [draws for draws in dict.fromkeys((own.draws, FEW_NULLS, 0)) if draws <= own.draws]
+    told = "; ".join(f"--nulls {draws}: {duration(own.first_run(draws))}" for draws in others)
+    lines = [f"{own.model}, first run: {told}. Fewer draws make wider bands, none makes none."]
+    lines += [f"{each.device}: {each.source}." for each in {each.device: each for each in found.estimates}.values()]
+    if found.busy > BUSY:
+        lines.append(f"The machine is busy: by the clock the same work took {found.busy:.2g} times as long just now.")
+    left_out = [found.left_out] if found.left_out else []
+    left_out += ["function drift on the GPU"] if any(each.function is None for each in found.estimates[1:]) else []
+    left_out += ["loading the models, writing the page"]
+    lines.append(f"Left out: {'; '.join(left_out)}. A second run reads and hashes only.")
+    return lines
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rlheals.spectra.coverage import Coverage
     from rlheals.spectra.diagnose import Caches, Diagnosis
-    from rlheals.spectra.plan import Estimate
+    from rlheals.spectra.plan import Estimate, Forecast
     from rlheals.spectra.settings import DiagnoseSettings
 
 EXIT_CHANGED = 1
@@ -67,9 +67,17 @@ def diagnose(
     ] = None,
     cache_gib: Annotated[float, typer.Option(min=0.001, help="Largest size of the decompositions kept there.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    every: Annotated[bool, typer.Option("--all", help="Print every matrix, not one line a module.")] = False,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Print every matrix, not one line a module; with --plan the paper's two models, too."
+        ),
+    ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only print how long it would take, here and on a GPU; needs no TUNED.")
+        bool,
+        typer.Option(
+            "--plan", help="Only print how much processor time it would take, here and on a GPU; needs no TUNED."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -94,7 +102,13 @@ def diagnose(
         device=device_named(device),
     )
     if plan:
-        _plan(base, max(1, len(tuned or [])), settings, as_json)
+        forecast = _plan(base, max(1, len(tuned or [])), settings, function, every)
+        if as_json:
+            print_json(plan_content(forecast))
+            return
+        from rlheals.commands._diagnosis_text import show_plan
+
+        show_plan(forecast)
         return
     if not tuned:
         raise UserError("name at least one TUNED folder to compare BASE with; --plan alone needs none.")
@@ -110,6 +124,8 @@ def diagnose(
         print_json(as_content(found, caches))
     else:
         _show(found, caches, every)
+        if caches.factors.factorised or caches.factors.hits:
+            typer.echo(caches.factors.told())
     if found.changed:
         raise typer.Exit(EXIT_CHANGED)
 
@@ -147,6 +163,8 @@ def as_content(found: Diagnosis, caches: Caches) -> dict[str, Any]:
         "factors_from_cache": caches.factors.hits,
         "measured": caches.results.computed,
         "answers_from_cache": caches.results.hits,
+        "factor_cache": str(caches.factors.directory),
+        "factor_cache_bytes": caches.factors.bytes_on_disk(),
     }
 
 
@@ -181,20 +199,45 @@ def _show(found: Diagnosis, caches: Caches, every: bool) -> None:
     show_diagnosis(found, caches.told(), every)
 
 
-def _plan(base: Path, checkpoints: int, settings: DiagnoseSettings, as_json: bool) -> None:
-    from rlheals.spectra.plan import KNOWN, plan, workload_of
+def _plan(base: Path, checkpoints: int, settings: DiagnoseSettings, function: bool | None, known: bool) -> Forecast:
+    """What the run would cost, and what is left out of that."""
+    from dataclasses import replace
+    from time import process_time
 
-    own = workload_of(base, settings.modules, settings.layers, embeddings=settings.embeddings)
-    estimates = plan([own, *KNOWN], checkpoints, settings.nulls, settings.device)
-    if as_json:
-        print_json({"estimates": [_estimate(each) for each in estimates]})
-        return
-    from rlheals.commands._diagnosis_text import show_plan
+    import transformers  # noqa: F401  a run imports it, and that takes seconds
 
-    show_plan(estimates)
+    from rlheals.spectra.diagnose import small_enough
+    from rlheals.spectra.plan import KNOWN, Forecast, calibrate, plan, workload_of
+    from rlheals.spectra.plan_function import function_cost
+
+    start_up = process_time()
+    chosen = settings.modules, settings.layers
+    own = workload_of(base, *chosen, embeddings=settings.embeddings, gauge=settings.gauge)
+    rates = calibrate(settings.device)
+    left_out = ""
+    if not (small_enough([base]) if function is None else function):
+        left_out = "function drift, which this run would not measure"
+    else:
+        try:
+            own = replace(own, function=function_cost(base, settings.device))
+        except UserError as error:
+            left_out = f"function drift, whose time is not known: {error}"
+    estimates = plan([own, *(KNOWN if known else ())], rates, checkpoints, settings.nulls, start_up)
+    return Forecast(tuple(estimates), rates.busy, left_out)
 
 
-def _estimate(each: Estimate) -> dict[str, Any]:
+def plan_content(found: Forecast) -> dict[str, Any]:
+    """What ``--plan --json`` prints; the estimates of other models, where asked for, come after the model's own."""
     from dataclasses import asdict
 
-    return {**asdict(each), "first_run": each.first_run, "second_run": each.second_run}
+    from rlheals.spectra.plan import FEW_NULLS
+
+    def content(each: Estimate) -> dict[str, Any]:
+        times = {"first_run": each.first_run(), "second_run": each.second_run, "nulls": each.nulls()}
+        return {**asdict(each), **times, f"first_run_with_{FEW_NULLS}_nulls": each.first_run(FEW_NULLS)}
+
+    return {
+        "estimates": [content(each) for each in found.estimates],
+        "clock_over_processor": found.busy,
+        "left_out": found.left_out,
+    }

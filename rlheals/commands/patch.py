@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlheals.commands._shared import EPILOG, Json, bytes_of, print_json
+from rlheals.commands._shared import EPILOG, Json, bytes_of, default_cache, device_named, factor_store, print_json
+from rlheals.errors import UserError
 
 if TYPE_CHECKING:
-    from rlheals.restoration.patch import Entry, Origin, Patch
+    from rlheals.restoration.patch import Patch
 
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")]
 OutFile = Annotated[Path, typer.Option("--out", help="File for the new patch.")]
@@ -49,21 +50,69 @@ def make(
 
 
 def apply(
-    patch: PatchFile,
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file, or a recipe of `rlheals restore`.")],
     model: Annotated[Path, typer.Argument(help="Folder of the model it was made for; it is not changed.")],
     out: OutFolder,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of the model to go back to; a recipe needs it, a patch does not.")
+    ] = None,
     same_tensors_only: SameTensors = False,
     shard_gb: Annotated[float, typer.Option(min=0.0001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for finished decompositions, of a recipe.", show_default="~/.cache/rlheals"),
+    ] = None,
+    cache_gib: Annotated[float, typer.Option(min=0.001, help="Largest size of the decompositions kept there.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Write MODEL with the patch applied: bit for bit the edited weights; a model that differs anywhere is refused."""
+    """Write MODEL with the patch applied: bit for bit the edited weights; a model that differs anywhere is refused.
+
+    A recipe is made again from MODEL and the model to go back to. Where a machine rounds otherwise, so that the
+    weights are not bit for bit the promised ones, nothing is written.
+    """
+    from rlheals.restoration.recipe import is_recipe
+
+    shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
+    if not is_recipe(patch):
+        if reference is not None:
+            raise UserError(f"{patch} is no recipe, and a patch needs no model to go back to; leave out --reference.")
+        names, digest = _apply_patch(patch, model, out, shard_bytes, same_tensors_only)
+    else:
+        if reference is None:
+            raise UserError(
+                f"{patch} is a recipe, which is made again from both models; name the other by --reference."
+            )
+        if same_tensors_only:
+            raise UserError(f"{patch} is a recipe, which is for whole models; leave out --same-tensors-only.")
+        names, digest = _apply_recipe(patch, reference, model, out, shard_bytes, (cache or default_cache(), cache_gib))
+    if as_json:
+        print_json({"out": str(out), "changed": names, "weights_sha256": digest})
+        return
+    typer.echo(f"wrote {out}: {len(names)} tensors changed, sha256 of the weights {digest}")
+
+
+def _apply_recipe(
+    file: Path, reference: Path, model: Path, out: Path, shard_bytes: int, cache: tuple[Path, float]
+) -> tuple[list[str], str]:
+    """Names of the changed tensors, and the digest of the whole."""
+    from rlheals.restoration.write_edit import apply_recipe
+
+    planned, digest = apply_recipe(
+        file, reference, model, out, lambda device: factor_store(*cache, device_named(device)), shard_bytes
+    )
+    return [change.name for change in planned.changes if change.relative], digest
+
+
+def _apply_patch(
+    patch: Path, model: Path, out: Path, shard_bytes: int, same_tensors_only: bool
+) -> tuple[list[str], str]:
+    """The same of a patch file."""
     from rlheals.restoration.folder_edit import patch_card
     from rlheals.restoration.patch import Patch, identify
     from rlheals.restoration.tied import twins
     from rlheals.restoration.write_model import check_out, write_model
     from rlheals.spectra.reader import Weights
 
-    shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
     check_out(out, model, patch)
     with Patch(patch) as opened, Weights(model) as weights:
         opened.check_base(weights, same_tensors_only=same_tensors_only)
@@ -76,14 +125,11 @@ def apply(
         digest = write_model(
             weights,
             lambda name: opened.apply(sources[name], weights.tensor(sources[name])) if name in sources else None,
-            lambda found: patch_card(opened.origins, source, names, title, found),
+            lambda found: patch_card(opened.origins, weights.path, source, names, title, found),
             out,
             shard_bytes,
         )
-    if as_json:
-        print_json({"out": str(out), "changed": names, "weights_sha256": digest})
-        return
-    typer.echo(f"wrote {out}: {len(names)} tensors changed, sha256 of the weights {digest}")
+    return names, digest
 
 
 def invert(patch: PatchFile, out: OutFile, as_json: Json = False) -> None:
@@ -107,9 +153,24 @@ def compose(
     _tell(out, as_json)
 
 
-def show(patch: PatchFile, as_json: Json = False) -> None:
-    """Print what a patch changes, what made it, and which model it is for."""
-    _tell(patch, as_json)
+def show(
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file, or a recipe of `rlheals restore`.")],
+    as_json: Json = False,
+) -> None:
+    """Print what a patch or a recipe changes, what made it, and which model it is for."""
+    from rlheals.commands._patch_text import recipe_lines
+    from rlheals.restoration.recipe import as_content as recipe_content
+    from rlheals.restoration.recipe import is_recipe, read_recipe
+
+    if not is_recipe(patch):
+        _tell(patch, as_json)
+        return
+    recipe = read_recipe(patch)
+    if as_json:
+        print_json({"recipe_file": str(patch), "bytes": patch.stat().st_size, **recipe_content(recipe)})
+        return
+    for line in recipe_lines(recipe, str(patch)):
+        typer.echo(line)
 
 
 def digest(
@@ -162,21 +223,15 @@ def lora(
 
 
 def _tell(path: Path, as_json: bool) -> None:
+    from rlheals.commands._patch_text import patch_lines
     from rlheals.restoration.patch import Patch
 
     with Patch(path) as patch:
         if as_json:
             print_json(as_content(patch))
             return
-        weights = sum(_weight_bytes(entry) for entry in patch.entries.values())
-        typer.echo(f"{path}: {len(patch.entries)} tensors, {patch.bytes:,} bytes for {weights:,} bytes of weights")
-        typer.echo(f"  for the model of weights sha256 {patch.models.before or 'not known'}")
-        typer.echo(f"  gives the model of weights sha256 {patch.models.after or 'not known'}")
-        for number, origin in enumerate(patch.origins):
-            typer.echo(f"  {_origin(origin, patch.given if number == 0 else 'the model that the change gave')}")
-        for name, entry in patch.entries.items():
-            kind = ", ".join(f"rank {rank} with what rounding left" if rank else "each number" for rank in entry.ranks)
-            typer.echo(f"  {name}  {entry.dtype} {list(entry.shape)}  {kind}; for sha256 {entry.before[:12]}…")
+        for line in patch_lines(patch):
+            typer.echo(line)
 
 
 def as_content(patch: Patch) -> dict[str, Any]:
@@ -186,25 +241,8 @@ def as_content(patch: Patch) -> dict[str, Any]:
     return {
         "patch": str(patch.path),
         "bytes": patch.bytes,
+        "weight_bytes": patch.weight_bytes,
         "models": asdict(patch.models),
         "origins": [asdict(origin) for origin in patch.origins],
         "tensors": {name: asdict(entry) for name, entry in patch.entries.items()},
     }
-
-
-def _origin(origin: Origin, given: str) -> str:
-    """One change of a patch; ``given`` is the model that it gave, which is what an inverted one is for."""
-    from rlheals.restoration.edit import from_recipe
-
-    what = from_recipe(origin.recipe).cell_id if origin.recipe else "the difference of two models"
-    if origin.inverted:
-        return f"undoes {what}, for {given}"
-    return f"{what}, made for {origin.target.get('name', 'an unnamed model')}"
-
-
-def _weight_bytes(entry: Entry) -> int:
-    from math import prod
-
-    from rlheals.restoration.tensor_file import DTYPES
-
-    return prod(entry.shape) * DTYPES[entry.dtype].itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path  # noqa: TC003  typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +11,15 @@ from rlheals.commands._shared import EPILOG, Json, bytes_of, default_cache, devi
 from rlheals.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlheals.restoration.edit import Edit
     from rlheals.restoration.folder_edit import FolderEdit
-    from rlheals.restoration.patch import PatchWriter
+    from rlheals.restoration.write_edit import Outputs
+
+PLAIN, BY_RANKS = "interpolate", "directions"
+"""The operator where none is named: without and with a window, a basis or the released scripts' ways."""
+PLAIN_DOSE = 0.75
+"""The dose of a plain step where none is given: in the study and on a real model it brought most of what was lost back,
+for 0 to 10 points of the task; beyond .8 the task may fall off (docs/restoration.md)."""
 
 
 def register(app: typer.Typer) -> None:
@@ -28,23 +31,25 @@ def restore(
     reference: Annotated[Path, typer.Argument(help="Hugging Face folder of the model to go back to.")],
     target: Annotated[Path, typer.Argument(help="Folder of the model to edit; it is not changed.")],
     operator: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="directions, values, swap, reset, round_trip; with a dose: rotate, interpolate, remove_inside, "
-            "remove_outside, random_rotation, noise."
+            "remove_outside, random_rotation, noise.",
+            show_default=f"{PLAIN}; {BY_RANKS} with --window, --basis or --official",
         ),
-    ] = "directions",
+    ] = None,
     basis: Annotated[
         str | None,
         typer.Option(help="What to take: uv, u, v, sigma or all.", show_default="the operator's own"),
     ] = None,
     window: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Ranks: full, head:0.2, tail:64, ends:64-64, band:0.25-0.5. A number with a point is a share, without "
-            "one a count: head:1.0 takes every rank, head:1 the first."
+            "one a count: head:1.0 takes every rank, head:1 the first.",
+            show_default="full",
         ),
-    ] = "full",
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks, e.g. 0-9,12; all if absent.")] = None,
     modules: Annotated[str | None, typer.Option(help="Matrices, e.g. q_proj,v_proj; all of a block if absent.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Edit the embedding too.")] = False,
@@ -56,7 +61,13 @@ def restore(
     partial: Annotated[
         bool, typer.Option("--partial", help="Edit what is understood where other weights differ, too, and stay.")
     ] = False,
-    dose: Annotated[float, typer.Option(help="How far, where the operator has a dose: 1 is all the way.")] = 1.0,
+    dose: Annotated[
+        float | None,
+        typer.Option(
+            help="How far, where the operator has a dose: 1 is all the way.",
+            show_default=f"{PLAIN_DOSE:g} of {PLAIN}, 1 of the others",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
     official: Annotated[
         bool, typer.Option("--official", help="Exactly as the scripts released with the paper do.")
@@ -65,7 +76,16 @@ def restore(
         Path | None,
         typer.Option(help="New folder for the edited model; an earlier output of rlheals there is replaced."),
     ] = None,
-    patch: Annotated[Path | None, typer.Option(help="File for the change alone.")] = None,
+    patch: Annotated[
+        Path | None, typer.Option(help="File for the change alone, exact on any machine; as large as what it changes.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="File (JSON, about a kilobyte) for the edit and the sha256 of both models and the result, for whoever "
+            "has the models: `rlheals patch apply` makes the same weights or says that it cannot."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would change.")] = False,
     shard_gb: Annotated[float, typer.Option(min=0.0001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
     cache: Annotated[
@@ -77,28 +97,40 @@ def restore(
 ) -> None:
     """Edit the weights of TARGET towards those of REFERENCE, without training, as a new folder or a patch file.
 
-    The folder loads like any other: weights, config, tokenizer, templates, and a model card with the exact recipe.
-    Reads and writes one tensor at a time, in start-up memory plus at most eight times the largest tensor as float32,
-    whatever type it is stored in. Decompositions are kept in the cache `rlheals diagnose` uses.
+    Without further options it goes three quarters of the straight way back, which in the study and on a real model
+    brought most of what was lost back, at a price in the task that has to be measured. The folder loads like any
+    other: weights, config, tokenizer, templates, and a model card with the exact recipe. Reads and writes one tensor at
+    a time, in start-up memory plus at most eight times the largest tensor as float32, whatever type it is stored in.
+    Decompositions are kept in the cache `rlheals diagnose` uses.
     """
     from rlheals.restoration.folder_edit import FolderEdit
     from rlheals.restoration.grid import ModelSet
+    from rlheals.restoration.write_edit import Outputs, write_edit
 
-    shard_bytes = bytes_of("--shard-gb", shard_gb, 10**9)
+    outputs = Outputs(out, patch, recipe, bytes_of("--shard-gb", shard_gb, 10**9))
     scope = _scope(layers, modules, embeddings, head, everything)
-    edit = _edit(reference, target, operator, basis, window, scope, dose, seed, official)
-    _check_outputs(out, patch, dry_run, (reference, target))
-    if patch is not None and not dry_run and not edit.dose:
-        raise UserError("a dose of 0 changes nothing, so there is nothing to patch; give a larger --dose.")
+    named = operator or (BY_RANKS if window or basis or official else PLAIN)
+    how_far = dose if dose is not None else PLAIN_DOSE if named == PLAIN else 1.0
+    edit = _edit(reference, target, named, basis, window or "full", scope, how_far, seed, official)
+    if not dry_run:
+        _check_outputs(outputs, (reference, target))
+        if outputs.change_alone and not edit.dose:
+            raise UserError("a dose of 0 changes nothing, so there is nothing to patch; give a larger --dose.")
     folders = {edit.reference: reference, edit.target: target}
-    store = factor_store(cache or default_cache(), cache_gib, device_named(device))
+    chosen = device_named(device)
+    store = factor_store(cache or default_cache(), cache_gib, chosen)
     with ModelSet(folders, store) as models:
         planned = FolderEdit(edit, models, partial=partial)
         if dry_run:
             _tell_plan(planned, as_json)
             return
-        digest = _run(planned, out, patch, shard_bytes)
-    _tell(planned, out, patch, digest, as_json)
+        digest = write_edit(planned, outputs, chosen)
+    if as_json:
+        print_json(as_content(planned, outputs, digest))
+        return
+    _tell(planned, outputs)
+    if store.factorised or store.hits:
+        typer.echo(store.told())
 
 
 def _scope(layers: str | None, modules: str | None, embeddings: bool, head: bool, everything: bool) -> Any:
@@ -133,81 +165,29 @@ def _edit(
     return Edit(operator, chosen, *names, scope, parse_window(window), dose, seed=seed, official=official)
 
 
-def _check_outputs(out: Path | None, patch: Path | None, dry_run: bool, models: tuple[Path, ...]) -> None:
+def _check_outputs(outputs: Outputs, models: tuple[Path, ...]) -> None:
     from rlheals.restoration.patch import check_patch_target
+    from rlheals.restoration.recipe import check_recipe_target
     from rlheals.restoration.write_model import check_out
 
-    if dry_run:
-        return
-    if out is None and patch is None:
+    if not outputs.paths:
         raise UserError(
-            "say where to write: --out for a model folder, --patch for a patch file, or --dry-run for none."
+            "say where to write: --out for a model folder, --patch for a patch file, --recipe for the edit alone, or "
+            "--dry-run for none."
         )
-    if out is not None:
-        check_out(out, *models)
-    if patch is not None:
-        if out is not None and patch.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"the patch {patch} would lie inside the model folder {out}; name a file outside.")
-        check_patch_target(patch, *models)
-
-
-def _run(planned: FolderEdit, out: Path | None, patch: Path | None, shard_bytes: int) -> str:
-    """Edit every tensor once, into the folder, the patch, or both; the digest of the folder's weights, if any.
-
-    Raises:
-        UserError: both models hold the same weights and a patch is asked for; see also `_change_all`.
-    """
-    from rlheals.restoration.folder_edit import edit_card
-    from rlheals.restoration.patch import PatchWriter, hash_weights, model_digest
-    from rlheals.restoration.write_model import write_model
-
-    for weights in (planned.reference, planned.target):
-        hash_weights(weights)
-    if patch is not None and model_digest(planned.reference) == model_digest(planned.target):
-        raise UserError("both models hold the same weights, so there is nothing to patch; check which are named.")
-    origin = planned.origin()
-    digest = ""
-    with ExitStack() as stack:
-        writer = stack.enter_context(PatchWriter(patch)) if patch else None
-        if out is not None:
-            name = out.resolve().name
-            digest = write_model(
-                planned.target,
-                lambda each: _changed(planned, each, writer),
-                lambda found: edit_card(planned, origin, name, found),
-                out,
-                shard_bytes,
+    if outputs.folder is not None:
+        check_out(outputs.folder, *models)
+    files = {"patch": (outputs.patch, check_patch_target), "recipe": (outputs.recipe, check_recipe_target)}
+    for name, (file, check) in files.items():
+        if file is None:
+            continue
+        if outputs.folder is not None and file.resolve().is_relative_to(outputs.folder.resolve()):
+            raise UserError(
+                f"the {name} {file} would lie inside the model folder {outputs.folder}; name a file outside."
             )
-        else:
-            _change_all(planned, writer)
-        if writer is not None:
-            writer.finish([origin], writer.ends(planned.target))
-    return digest
-
-
-def _change_all(planned: FolderEdit, writer: PatchWriter | None) -> None:
-    """Edit every tensor for the patch alone.
-
-    Raises:
-        UserError: none of them changes, and a patch without a change cannot be applied.
-    """
-    from rlheals.progress import Progress
-
-    progress = Progress(f"editing {planned.target.path.name}", len(planned.names), "tensor")
-    for name in planned.names:
-        _changed(planned, name, writer)
-        progress.update(note=name)
-    if writer is not None and not writer.entries:
-        raise UserError("the edit changes nothing, so there is nothing to patch; check that the models differ.")
-
-
-def _changed(planned: FolderEdit, name: str, writer: PatchWriter | None) -> Tensor | None:
-    edited = planned.edited(name)
-    if edited is None:
-        return None
-    if writer is not None:
-        writer.add(name, planned.target.tensor(name), edited.tensor)
-    return edited.tensor
+        check(file, *models)
+    if outputs.patch is not None and outputs.recipe is not None and outputs.patch.resolve() == outputs.recipe.resolve():
+        raise UserError(f"{outputs.patch} cannot be both the patch and the recipe; name two files.")
 
 
 def _tell_plan(planned: FolderEdit, as_json: bool) -> None:
@@ -221,45 +201,84 @@ def _tell_plan(planned: FolderEdit, as_json: bool) -> None:
         typer.echo(f"  {change.name}  {list(change.shape)}  {change.ranks and f'ranks {change.ranks}'}".rstrip())
 
 
-def _tell(planned: FolderEdit, out: Path | None, patch: Path | None, digest: str, as_json: bool) -> None:
+def as_content(planned: FolderEdit, outputs: Outputs, digest: str) -> dict[str, Any]:
+    """What ``--json`` prints: the edit, what changed by how much, and what was written."""
     from math import isfinite
 
+    content: dict[str, Any] = {
+        "recipe": planned.edit.recipe(),
+        "changed": {
+            c.name: {"relative": c.relative if isfinite(c.relative) else None, "defect": c.defect}
+            for c in planned.changes
+            if c.relative
+        },
+        "notes": planned.notes,
+        "left_although_different": {
+            each.name: {"part": each.part, "relative": each.relative if isfinite(each.relative) else None}
+            for each in planned.left.differing
+        },
+        "weights_sha256": digest,
+    }
+    places = {"out": outputs.folder, "patch": outputs.patch, "recipe_file": outputs.recipe}
+    content |= {name: str(path) if path else None for name, path in places.items()}
+    if outputs.patch is not None:
+        patch_bytes, weight_bytes = _sizes(outputs.patch)
+        content |= {"patch_bytes": patch_bytes, "patch_weight_bytes": weight_bytes}
+    return content
+
+
+def _sizes(file: Path) -> tuple[int, int]:
+    """Bytes of a patch and of the weights that it changes."""
+    from rlheals.restoration.patch import Patch
+
+    with Patch(file) as patch:
+        return patch.bytes, patch.weight_bytes
+
+
+def _tell(planned: FolderEdit, outputs: Outputs) -> None:
+    from rlheals.commands._patch_text import size_told
     from rlheals.restoration.folder_edit import relative_told
 
     changed = [change for change in planned.changes if change.relative]
-    left = planned.left
-    if as_json:
-        print_json(
-            {
-                "recipe": planned.edit.recipe(),
-                "notes": planned.notes,
-                "left_although_different": {
-                    each.name: {"part": each.part, "relative": each.relative if isfinite(each.relative) else None}
-                    for each in left.differing
-                },
-                "changed": {
-                    c.name: {"relative": c.relative if isfinite(c.relative) else None, "defect": c.defect}
-                    for c in changed
-                },
-                "weights_sha256": digest or None,
-                "out": str(out) if out else None,
-                "patch": str(patch) if patch else None,
-            }
-        )
-        return
     largest = max(changed, key=lambda change: change.relative, default=None)
+    most = f", {largest.name} most (relative norm {relative_told(largest.relative)})" if largest else ""
     typer.echo(
         f"{planned.edit.cell_id}: {len(planned.changed)} of {len(planned.target.shapes)} tensors changed"
-        + (
-            f", {largest.name} most (relative norm {relative_told(largest.relative)})"
-            if largest
-            else "; the edit changes nothing"
-        )
+        + (most or "; the edit changes nothing")
     )
     for note in planned.notes:
         typer.echo(note)
-    if left.differing:
-        typer.echo(f"left as they are although they differ: {', '.join(left.parts)}; --everything takes them too")
-    for path in (out, patch):
-        if path is not None:
-            typer.echo(f"wrote {path}")
+    if planned.left.differing:
+        parts = ", ".join(planned.left.parts)
+        typer.echo(f"left as they are although they differ: {parts}; --everything takes them too")
+    if outputs.folder is not None:
+        typer.echo(f"wrote {outputs.folder}")
+    if outputs.patch is not None:
+        typer.echo(f"wrote {outputs.patch}: {size_told(*_sizes(outputs.patch))}")
+    if outputs.recipe is not None:
+        typer.echo(
+            f"wrote {outputs.recipe}: {outputs.recipe.stat().st_size:,} bytes; whoever has both models makes the same "
+            f"weights of it by `rlheals patch apply {outputs.recipe.name} TARGET --reference REFERENCE --out DIR`."
+        )
+    if largest is not None:
+        for line in next_steps(planned, outputs):
+            typer.echo(line)
+
+
+def next_steps(planned: FolderEdit, outputs: Outputs) -> list[str]:
+    """What to do with what was written: judge it, try other doses, undo it."""
+    lines = []
+    if outputs.folder is not None:
+        lines.append(
+            f"next: ask {outputs.folder} and {planned.target.path} the same questions, in and out of what it was tuned "
+            f"for; of the card game `rlheals eval {outputs.folder}` asks them, elsewhere use an evaluation of your own."
+        )
+    if planned.edit.operator == PLAIN:
+        lines.append(
+            "next: try doses from 0.5 to 0.95 (--dose): a larger one brings more back, until it takes the tuning along."
+        )
+    elif planned.edit.operator == BY_RANKS:
+        lines.append(f"next: compare with a plain step, --operator {PLAIN} --dose {PLAIN_DOSE:g}, which may do more.")
+    if outputs.patch is not None:
+        lines.append(f"undo: `rlheals patch invert {outputs.patch} --out FILE` writes the way back.")
+    return lines

@@ -14,6 +14,7 @@ from rlheals import __version__
 from rlheals.errors import UserError
 from rlheals.models.checkpoint import name_some
 from rlheals.models.topology import split_name
+from rlheals.restoration.card_front import front_matter, plain
 from rlheals.restoration.edit import DOSED, TURNING, WINDOWLESS, Edit
 from rlheals.restoration.job import length
 from rlheals.restoration.operators import Edited, Pair, apply_edit
@@ -265,10 +266,11 @@ def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
     ]
     return "\n".join(
         [
-            *_front(title),
-            f"The weights of `{edit.target}`, edited towards those of `{edit.reference}` without training, by rlheals "
-            f"{__version__} with torch {torch.__version__}. The edit is `{edit.operator}` ({edit.basis}), ranks "
-            f"`{edit.window.text}`; {len(done.changed)} of {len(done.target.shapes)} tensors changed"
+            *front_matter(title, [(edit.target, done.target.path), (edit.reference, done.reference.path)], merged=True),
+            f"The weights of `{plain(edit.target)}`, edited towards those of `{plain(edit.reference)}` without "
+            f"training, by rlheals {__version__} with torch {torch.__version__}. The edit is `{edit.operator}` "
+            f"({edit.basis}), ranks `{edit.window.text}`; {len(done.changed)} of {len(done.target.shapes)} tensors "
+            "changed"
             + (f", at most by {100 * most:.3g} % (relative Frobenius norm)" if most else "")
             + (", some from all zeros." if math.inf in changed else "."),
             "",
@@ -296,24 +298,24 @@ def edit_card(done: FolderEdit, origin: Origin, title: str, digest: str) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            *_licence(edit.target),
+            *_licence(edit.target, edit.reference),
         ]
     )
 
 
 def patch_card(
-    origins: Iterable[Origin], target: Mapping[str, str], names: Sequence[str], title: str, digest: str
+    origins: Iterable[Origin], folder: Path, target: Mapping[str, str], names: Sequence[str], title: str, digest: str
 ) -> str:
-    """The model card of a model that a patch was applied to."""
+    """The model card of a model in ``folder`` that a patch was applied to."""
     history = [
         {"recipe": dict(o.recipe), "reference": dict(o.reference), "target": dict(o.target), "inverted": o.inverted}
         for o in origins
     ]
     return "\n".join(
         [
-            *_front(title),
-            f"The weights of `{target['name']}` with a patch of rlheals applied, which changed {len(names)} tensors. "
-            f"Applied by rlheals {__version__}.",
+            *front_matter(title, [(target["name"], folder)], merged=False),
+            f"The weights of `{plain(target['name'])}` with a patch of rlheals applied, which changed {len(names)} "
+            f"tensors. Applied by rlheals {__version__}.",
             "",
             *_sources({"target": target}, digest),
             "## Recipe",
@@ -339,14 +341,11 @@ def relative_told(relative: float) -> str:
     return f"{relative:.3g}" if math.isfinite(relative) else "from all zeros"
 
 
-def _front(title: str) -> list[str]:
-    return ["---", "library_name: transformers", "tags:", "- rlheals", "---", "", f"# {title}", ""]
-
-
 def _sources(models: Mapping[str, Mapping[str, str]], digest: str) -> list[str]:
-    rows = [f"| {role} | {model['name']} | `{model['weights_sha256']}` |" for role, model in models.items()]
+    rows = [f"| {role} | {plain(model['name'])} | `{model['weights_sha256']}` |" for role, model in models.items()]
     return ["| | model | sha256 of the weights |", "|---|---|---|", *rows, f"| this model | | `{digest}` |", ""]
 
 
-def _licence(target: str) -> list[str]:
-    return [f"The licence and terms of `{target}` apply to this model too.", ""]
+def _licence(*models: str) -> list[str]:
+    named = " and ".join(f"`{plain(model)}`" for model in models)
+    return [f"The licence and terms of {named} apply to this model too.", ""]

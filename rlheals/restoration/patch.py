@@ -9,6 +9,7 @@ what is applied gives the edited weights bit for bit on every machine. Nothing h
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
@@ -18,6 +19,7 @@ from rlheals.errors import UserError, disk_errors
 from rlheals.progress import Progress
 from rlheals.restoration.exact import Counts, Step, make_step, pack, unpack
 from rlheals.restoration.patch_content import Content, Ends, Entry, Origin, check_step, decode, encode
+from rlheals.restoration.recipe import is_recipe
 from rlheals.restoration.tensor_file import DTYPES, NAMES, TensorFile, TensorFileWriter, raw
 from rlheals.restoration.tied import counterparts
 from rlheals.spectra.reader import Weights, check_same
@@ -78,11 +80,16 @@ class Patch:
         bytes: size of the file.
 
     Raises:
-        UserError: the file is missing, damaged, no patch, or of a later version.
+        UserError: the file is missing, damaged, no patch (but a recipe, say), or of a later version.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if is_recipe(path):
+            raise UserError(
+                f"{path} is JSON, as recipes are, and a recipe does not hold the change itself; make the model by "
+                "`rlheals patch apply`, or ask for the full patch."
+            )
         self._file = TensorFile(path)
         try:
             content = decode(self._file.metadata, path)
@@ -94,6 +101,11 @@ class Patch:
             raise
         self.origins, self.entries, self.models = content.origins, dict(content.entries), content.models
         self.bytes = self._file.bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights that it changes, as the model stores them."""
+        return sum(math.prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in self.entries.values())
 
     def __enter__(self) -> Self:
         return self

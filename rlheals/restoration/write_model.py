@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +11,10 @@ import torch
 from rlheals.errors import UserError
 from rlheals.models.checkpoint import INDEX, WEIGHTS, check_finite
 from rlheals.progress import Progress
-from rlheals.publish import MANIFEST, check_target, publish
+from rlheals.publish import check_target, publish
+from rlheals.restoration.card_front import CARD
 from rlheals.restoration.patch import digest_of, tensor_digest
+from rlheals.restoration.side_files import copy_side_files, side_files
 from rlheals.restoration.tensor_file import NAMES, encode_header, raw
 
 if TYPE_CHECKING:
@@ -24,13 +25,8 @@ if TYPE_CHECKING:
 
     from rlheals.spectra.reader import Weights
 
-CARD = "README.md"
 SHARD_BYTES = 5 * 10**9
 """Largest shard unless told otherwise."""
-# What a model folder holds besides weights: config, tokenizer, templates, licence. Training state stays behind.
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_TEMPLATES = ("additional_chat_templates", "chat_templates")
-_LEFT = {INDEX, MANIFEST, "trainer_state.json", "selection.json", "leakage.json"}
 
 
 def write_model(
@@ -53,9 +49,11 @@ def write_model(
         The `model_digest` of the written weights.
 
     Raises:
-        UserError: ``out`` is not free, holds the target, or cannot be written; an edited tensor is not finite.
+        UserError: ``out`` is not free, holds the target, or cannot be written; an edited tensor is not finite; see also
+            `rlheals.restoration.side_files.side_files`.
     """
     check_out(out, target.path)
+    files = side_files(target.path)
     shards = _shards(target, shard_bytes)
     progress = Progress(f"writing {out.name}", len(target.shapes), "tensor")
     digests: dict[str, str] = {}
@@ -76,7 +74,7 @@ def write_model(
             _write_shard(folder / name, names, target, tensor)
         if len(shards) > 1:
             _write_index(folder / INDEX, shards, target)
-        _copy_files(target.path, folder)
+        copy_side_files(target.path, files, folder)
         (folder / CARD).write_text(card(digest_of(digests)))
     return digest_of(digests)
 
@@ -130,16 +128,6 @@ def _write_index(path: Path, shards: Mapping[str, Sequence[str]], target: Weight
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
     path.write_text(json.dumps(index, indent=2))
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    for pattern in _COPIED:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name not in _LEFT:
-                shutil.copyfile(file, folder / file.name)
-    for name in _TEMPLATES:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name, copy_function=shutil.copyfile)
 
 
 def _bytes(target: Weights, name: str) -> int:

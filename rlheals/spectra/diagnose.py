@@ -127,7 +127,7 @@ def diagnose(
     pairs = [Pair(names[0], name) for name in names[1:]]
     small = function is None and small_enough(models.values())
     # Before the long part: a mistake in the prompts must not cost its time.
-    encoded = prompts_of(base, prompts, settings) if function or (prompts and function is None) else None
+    encoded = prompts_of(base, prompts, settings, caches.results) if function or prompts else None
     found = compare(models, pairs, settings, caches, covered=True)
     if function is False:
         return found
@@ -135,7 +135,7 @@ def diagnose(
         return _noted(found, "function drift was not measured (a model is 2 GiB or larger); --function switches it on.")
     try:
         with _told():
-            encoded = prompts_of(base, None, settings) if encoded is None else encoded
+            encoded = prompts_of(base, None, settings, caches.results) if encoded is None else encoded
             drift = function_drift_table(models, pairs, encoded, settings, caches.results, columns=NO_RUN)
     except UserError as error:
         if function:

@@ -26,7 +26,6 @@ SMALL_MODEL = 2 * 2**30
 """Bytes of weights from which on two models in memory are a burden that the user must ask for."""
 BATCH = 32
 SAMPLED = "sampled from base"
-SAMPLED_TEXTS, SAMPLED_TOKENS = 64, 48
 FROM_FILE = "prompts"
 LONGEST = 512
 COLUMNS: dict[str, type[pl.DataType]] = {
@@ -67,7 +66,7 @@ def function_drift_table(
         folders = models[pair.reference], models[pair.target]
         for condition, ids in texts.items():
             ends = (digests[pair.reference], digests[pair.target])
-            decides = ["function", ends, ids, draws, settings.seed, dtype]
+            decides = ["function", ends, ids, draws, settings.seed, dtype, settings.device]
             answer = partial(
                 _answer, folders[0], folders[1], ids, draws, seed_of(settings.seed, *ends), dtype, settings.device
             )
@@ -93,8 +92,8 @@ def weights_digest(path: Path) -> str:
     return hashlib.sha256("\n".join([*texts, config]).encode()).hexdigest()
 
 
-def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> Texts:
-    """Token ids of the texts to compare on: the lines of a file, or sequences sampled from ``base``.
+def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings, results: ResultCache) -> Texts:
+    """Token ids of the texts to compare on: the lines of a file, or sequences sampled from ``base`` and then kept.
 
     Lines are tokenised as they stand, without a chat template; the first 512 tokens count.
 
@@ -102,7 +101,7 @@ def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> 
         UserError: the file is unreadable or has no text, or ``base`` does not load.
     """
     if prompts is None:
-        return {SAMPLED: sample_texts(base, settings.seed, settings.device)}
+        return {SAMPLED: _sampled(base, settings, results)}
     from rlheals.models.checkpoint import load_tokenizer
 
     try:
@@ -117,24 +116,16 @@ def prompts_of(base: Path, prompts: Path | None, settings: DiagnoseSettings) -> 
     return {FROM_FILE: [each[:LONGEST] for each in ids]}
 
 
-def sample_texts(base: Path, seed: int, device: str) -> list[list[int]]:
-    """Texts that ``base`` writes from its first token on, at temperature 1; the same for the same seed and machine."""
-    import torch
+def _sampled(base: Path, settings: DiagnoseSettings, results: ResultCache) -> list[list[int]]:
+    from rlheals.spectra.sampled_texts import sample_texts, start_of
 
-    from rlheals.models.checkpoint import load_model
-
-    model = load_model(base, "float32", device)
-    config = model.config.get_text_config()
-    starts = (config.bos_token_id, config.eos_token_id, 0)
-    first = next(each[0] if isinstance(each, list) else each for each in starts if each is not None)
-    ids = torch.full((SAMPLED_TEXTS, 1), first, dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
-    length = min(SAMPLED_TOKENS, int(config.max_position_embeddings))
-    with torch.inference_mode():
-        while ids.shape[1] < length:
-            logits = model(input_ids=ids.to(device), use_cache=False).logits[:, -1].float().cpu()
-            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
-    return [[int(token) for token in row] for row in ids.tolist()]
+    first = start_of(base)
+    decides = ["texts", weights_digest(base), first, settings.seed, settings.device]
+    found = results.finding(
+        decides, lambda: Finding(pl.DataFrame(), {"ids": sample_texts(base, first, settings.seed, settings.device)})
+    )
+    ids: list[list[int]] = found.facts["ids"]
+    return ids
 
 
 def as_batches(texts: Sequence[Sequence[int]]) -> list[Batch]:

@@ -47,7 +47,7 @@ class HeadQuestion:
     def decides(self) -> list[Any]:
         """What the answer depends on, as JSON."""
         digests = [weights.digest(name) for weights in (self.reference, self.target) for name in _names(weights)]
-        return ["embedding and head", digests, [repr(k) for k in self.settings.ks]]
+        return ["embedding and head", digests, [repr(k) for k in self.settings.ks], self.store.device]
 
     def answer(self) -> Finding:
         """Angles of both models, of the top-k right singular vectors."""

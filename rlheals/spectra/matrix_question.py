@@ -77,6 +77,7 @@ class MatrixQuestion:
             self.settings.seed,
             self.reference.topology.initializer_range,
             self.matrix.inputs_first,
+            self.settings.device,
         ]
 
     def unchanged(self, results: ResultCache) -> Finding:

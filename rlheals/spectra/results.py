@@ -1,8 +1,9 @@
 """Content-addressed cache of finished measures: what was measured once on the same bytes is never measured again.
 
 An entry is one table and one JSON object, named by the sha256 of all that decides them: the digests of the tensors, the
-settings, the version of the package and the code of this folder. It is one file, written beside its place and renamed,
-with a digest of its own content in the first line: a damaged entry is a miss, not an error.
+settings, and what numbers come from besides (`rlheals.spectra.provenance`): the code of this folder and all it imports,
+the libraries, the processor and its threads. It is one file, written beside its place and renamed, with a digest of its
+own content in the first line: a damaged entry is a miss, not an error.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ import io
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 import rlheals
 from rlheals.errors import UserError, disk_errors
-from rlheals.publish import sha256_file
+from rlheals.spectra.provenance import code_of, machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 FOLDER = "results"
 
@@ -73,7 +73,7 @@ class ResultCache:
 
     def path(self, decides: Any) -> Path:
         """File of the entry that ``decides`` names."""
-        text = json.dumps([decides, rlheals.__version__, _code()], sort_keys=True)
+        text = json.dumps([decides, rlheals.__version__, code_of("spectra"), machine()], sort_keys=True)
         return self.directory / f"{hashlib.sha256(text.encode()).hexdigest()}.finding"
 
 
@@ -93,13 +93,6 @@ def make_writable(directory: Path) -> None:
             f"the cache {directory} cannot be written to ({error.strerror or error}); change its permissions or name "
             "another folder with --cache."
         ) from error
-
-
-@cache
-def _code() -> str:
-    """Digest of the code that measures: another version of it must not find this one's entries."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
 def _read(path: Path) -> Finding | None:

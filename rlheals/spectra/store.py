@@ -1,9 +1,11 @@
 """Factors on disk, under the content of the tensor they belong to: a matrix is decomposed once, ever.
 
-An entry is a folder named by the sha256 of tensor digest, driver, device and `VERSION`. It holds ``left.f64`` and
-``right.f64``, the bases with one singular vector after the other in little-endian float64, so that some columns are one
-contiguous read; ``values.f64``; and ``entry.json`` with shape, driver, errors and the sha256 of the other files. Files
-are read with seek and read, not mapped, because a map counts as address space under a memory limit.
+An entry is a folder named by the sha256 of tensor digest, driver, device, `VERSION`, and the code, libraries, processor
+and threads that decompose (`rlheals.spectra.provenance`): factors are exact to rounding, but only factors of equal
+rounding give an edit the same bits. It holds ``left.f64`` and ``right.f64``, the bases with one singular vector after
+the other in little-endian float64, so that some columns are one contiguous read; ``values.f64``; and ``entry.json``
+with shape, driver, errors and the sha256 of the other files. Files are read with seek and read, not mapped, because a
+map counts as address space under a memory limit.
 
 Entries appear by one rename. Whoever uses one holds a shared ``flock`` on its folder, and only a folder that can be
 locked exclusively is removed, so processes may share a store.
@@ -30,6 +32,7 @@ import torch
 from rlheals.errors import UserError, disk_errors
 from rlheals.publish import sha256_file
 from rlheals.spectra.factorise import factorise
+from rlheals.spectra.provenance import code_of, machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from rlheals.spectra.factors import Factors
 
 VERSION = 1
-"""Part of every key; raise it when `factorise` gives other bytes for the same tensor."""
+"""Part of every key; raise it when the files of an entry change their meaning."""
 _ENTRY = "entry.json"
 _FILES = ("left.f64", "right.f64", "values.f64")
 _PARTIAL = ".partial-"
@@ -126,7 +129,9 @@ class FactorStore:
 
     def key(self, digest: str) -> str:
         """Name of the entry for a tensor with this digest."""
-        text = f"{digest}|{self.driver}|{torch.device(self.device).type}|{VERSION}"
+        device = torch.device(self.device).type
+        told = [digest, self.driver, device, VERSION, code_of("spectra/factorise.py"), machine()]
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def factors(self, tensor: Callable[[], Tensor], digest: str) -> StoredFactors:
@@ -149,6 +154,18 @@ class FactorStore:
             raise UserError(f"{folder} was damaged right after it was written; check the disk of {self.directory}.")
         self._evict()
         return found
+
+    def bytes_on_disk(self) -> int:
+        """Size of all entries, those of other runs included."""
+        return sum(used[1] for used in map(_usage, self._entries()) if used)
+
+    def told(self) -> str:
+        """One line about what stays on disk, where, and how to limit it."""
+        held, most = _size(self.bytes_on_disk()), _size(self.cap_bytes)
+        return (
+            f"kept on disk for the next run: {held} of decompositions in {self.directory}, at most {most} "
+            "(--cache-gib); the folder may be deleted."
+        )
 
     def _open(self, folder: Path) -> StoredFactors | None:
         """The entry, locked against eviction; None when there is none or it is damaged."""
@@ -231,6 +248,14 @@ class FactorStore:
                 newest = max(each.stat().st_mtime for each in (path, *path.iterdir()))
                 if time.time() - newest > _STALE_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _size(count: int) -> str:
+    """Bytes as people say them."""
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.3g} {unit}"
+    return f"{count / 1024:.3g} KiB"
 
 
 def _filled(array: NDArray[np.float64], path: str, offset: int) -> bool:

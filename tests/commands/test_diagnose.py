@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rlheals import cli
-from rlheals.commands._diagnosis_text import duration
+from rlheals.commands._diagnosis_text import duration, plan_lines
+from rlheals.spectra.plan import Forecast, Rates, Workload, plan
 from tests.spectra.synthetic import write_checkpoint
 
 if TYPE_CHECKING:
@@ -101,14 +102,61 @@ def test_a_truncated_file_exits_2(
     assert "truncated or corrupted" in err
 
 
-def test_the_plan_needs_no_tuned(
-    folders: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrates on small matrices."""
     monkeypatch.setattr("rlheals.spectra.plan.CALIBRATION", {"square": (64, 64), "tall": (128, 32)})
-    code, out, _ = run(capsys, folders[0], "--plan", "--device", "cpu")
+    monkeypatch.setattr("rlheals.spectra.plan.GAUGE_LAYER", (32, 48, 4, 2))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_plan_needs_no_tuned_and_speaks_of_the_model_asked(
+    folders: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, folders[0], "--plan", "--device", "cpu", "--nulls", 20)
     assert code == 0
-    assert "Qwen2.5-7B-Instruct" in out
-    assert "not measured" in out
+    assert "base, first run: --nulls 20: " in out
+    assert "; --nulls 2: " in out
+    assert "in processor time of all threads together" in out
+    assert "Qwen" not in out
+    assert "not measured: work over" in out
+    assert "Left out: function drift on the GPU; loading the models, writing the page." in out
+    assert "Qwen2.5-7B-Instruct" in run(capsys, folders[0], "--plan", "--all", "--device", "cpu")[1]
+    out = run(capsys, folders[0], "--plan", "--device", "cpu", "--no-function", "--nulls", 1)[1]
+    assert "Left out: function drift, which this run would not measure" in out
+    assert "--nulls 2" not in out, "it would be more than asked for"
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_plan_adds_up_in_json(folders: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(run(capsys, folders[0], "--plan", "--json", "--device", "cpu", "--no-gauge")[1])
+    here, there = told["estimates"]
+    assert (here["model"], here["draws"], here["gauge"], there["function"]) == ("base", 20, 0, None)
+    matrices = here["start_up"] + here["factorise"] + here["measure"] + here["read"] + 20 * here["null"]
+    assert here["function"] > 0
+    assert here["first_run"] == pytest.approx(matrices + here["function"] + 5 * here["function_draw"])
+    few = here["first_run"] - 18 * here["null"] - 3 * here["function_draw"]
+    assert here["first_run_with_2_nulls"] == pytest.approx(few)
+    assert told["clock_over_processor"] >= 1
+    assert told["left_out"] == ""
+
+
+def test_a_busy_machine_is_told() -> None:
+    rates = Rates("here", *[{"square": 1.0, "tall": 1.0}] * 3, gauge=1.0, digest=1.0, source="by hand")
+    estimates = tuple(plan([Workload("m", {(2, 2): 1}, 1)], rates, 1, 3))
+    assert any("3.4 times as long" in line for line in plan_lines(Forecast(estimates, 3.4)))
+    assert not any("times as long" in line for line in plan_lines(Forecast(estimates, 1.1)))
+
+
+def test_what_stays_on_disk_is_told_at_the_end(
+    folders: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base, tuned, _ = folders
+    out = run(capsys, base, tuned, *options(tmp_path / "c"))[1]
+    stored = sum(file.stat().st_size for file in (tmp_path / "c" / "factors").rglob("*") if file.is_file())
+    assert f"{stored / 1024:.3g} KiB of decompositions in {tmp_path / 'c' / 'factors'}" in out.splitlines()[-1]
+    told = json.loads(run(capsys, base, tuned, "--json", *options(tmp_path / "c"))[1])
+    assert (told["factor_cache_bytes"], told["factor_cache"]) == (stored, str(tmp_path / "c" / "factors"))
 
 
 def test_the_report_is_written_whole(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlheals.models.checkpoint import load_model
+from rlheals.restoration.folder_edit import FolderEdit
 from rlheals.restoration.patch import tensor_digest
 from tests.commands.test_restore import run
 from tests.common import make_folder
@@ -16,6 +18,8 @@ from tests.restoration.folders import drifted, low_rank, same_state, state, writ
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rlheals.restoration.operators import Edited
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -120,7 +124,7 @@ def test_the_wrong_base_exits_2(models: tuple[Path, Path], capsys: pytest.Captur
     assert (code, "does not fit" in err, "the sha256 of" in err) == (2, True, True)
     assert not (tmp_path / "out").exists()
     code, _, err = run(capsys, "patch", "show", one / "config.json")
-    assert (code, "no safetensors file" in err) == (2, True)
+    assert (code, "is no patch and no recipe" in err) == (2, True)
 
 
 def test_another_model_needs_a_word(
@@ -244,3 +248,142 @@ def test_the_adapter_of_the_docs_can_be_written(
     run(capsys, "restore", one, two, "--window", "head:0.2", *patch)
     code, _, err = run(capsys, "patch", "lora", tmp_path / "p", two, "--out", tmp_path / "no")
     assert (code, "is not of rank" in err) == (2, True)
+
+
+@pytest.fixture
+def edited(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Base, tuned and the recipe of an edit with singular vectors; the edited model lies in ``repaired``."""
+    one, two = models
+    recipe = tmp_path / "edit.json"
+    options = ["--window", "head:0.2", "--cache", tmp_path / "cache", "--out", tmp_path / "repaired"]
+    code, text, err = run(capsys, "restore", one, two, *options, "--recipe", recipe)
+    assert code == 0, err
+    assert f"wrote {recipe}: {recipe.stat().st_size:,} bytes" in text
+    return one, two, recipe
+
+
+def test_a_recipe_makes_the_same_bits(
+    edited: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two, recipe = edited
+    wanted = by_hand(tmp_path / "repaired")
+    told = json.loads(run(capsys, "patch", "show", recipe, "--json")[1])
+    assert told["result"] == {"weights_sha256": wanted}
+    assert (told["reference"]["weights_sha256"], told["target"]["weights_sha256"]) == (by_hand(one), by_hand(two))
+    text = run(capsys, "patch", "show", recipe)[1]
+    assert f"gives the model of weights sha256 {wanted}" in text
+    for cache in ("cache", "another"):  # with the decompositions at hand, and without
+        out = tmp_path / "again"
+        arguments = ["patch", "apply", recipe, two, "--reference", one, "--out", out, "--cache", tmp_path / cache]
+        code, text, err = run(capsys, *arguments, "--json")
+        assert code == 0, err
+        told = json.loads(text)
+        assert (told["weights_sha256"], by_hand(out), len(told["changed"])) == (wanted, wanted, 14)
+        assert same_state(out, tmp_path / "repaired")
+    assert "## Recipe" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_recipe_alone_knows_its_result(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+    cache = ["--cache", tmp_path / "cache"]
+    assert run(capsys, "restore", one, two, *cache, "--recipe", tmp_path / "r")[0] == 0
+    assert run(capsys, "restore", one, two, *cache, "--out", tmp_path / "out")[0] == 0
+    told = json.loads(run(capsys, "patch", "show", tmp_path / "r", "--json")[1])
+    assert told["result"]["weights_sha256"] == by_hand(tmp_path / "out")
+    renamed = two.rename(tmp_path / "elsewhere")
+    arguments = ["patch", "apply", tmp_path / "r", renamed, "--reference", one, "--out", tmp_path / "again"]
+    assert run(capsys, *arguments, *cache)[0] == 0
+    assert same_state(tmp_path / "again", tmp_path / "out")
+
+
+def test_recipes_are_refused_in_a_sentence(
+    edited: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two, recipe = edited
+    other = write(tmp_path / "c", seed=5)
+    content = json.loads(recipe.read_text())
+    (tmp_path / "altered").write_text(json.dumps(content | {"result": {"weights_sha256": "0" * 64}}))
+    (tmp_path / "later").write_text(json.dumps(content | {"version": 2}))
+    run(capsys, "patch", "make", one, two, "--out", tmp_path / "p")
+    out, before = tmp_path / "out", {path.name for path in tmp_path.iterdir()}
+    apply = ["patch", "apply", "--out", out, "--cache", tmp_path / "cache"]
+    wrong: list[tuple[list[object], str]] = [
+        ([*apply, recipe, two, "--reference", other], f"{other} is not the reference of {recipe}"),
+        ([*apply, recipe, other, "--reference", one], f"{other} is not the target of {recipe}"),
+        ([*apply, recipe, one, "--reference", two], f"{one} is the reference of {recipe}, not its target"),
+        ([*apply, recipe, two], "name the other by --reference"),
+        ([*apply, recipe, two, "--reference", one, "--same-tensors-only"], "leave out --same-tensors-only"),
+        ([*apply, tmp_path / "altered", two, "--reference", one], "was altered since it was written"),
+        ([*apply, tmp_path / "later", two, "--reference", one], "update rlheals"),
+        ([*apply, tmp_path / "p", one, "--reference", two], "leave out --reference"),
+        (["patch", "invert", recipe, "--out", out], "a recipe does not hold the change itself"),
+        (["patch", "lora", recipe, two, "--out", out], "a recipe does not hold the change itself"),
+        (["patch", "compose", tmp_path / "p", recipe, "--out", out], "a recipe does not hold the change itself"),
+    ]
+    for arguments, message in wrong:
+        code, _, err = run(capsys, *arguments)
+        assert (code, message in err) == (2, True), err
+        assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_recipe_that_gives_other_bits_here_writes_nothing(
+    edited: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on another processor: the last bit of every edited number is another one."""
+    one, two, recipe = edited
+    original = FolderEdit.edited
+
+    def otherwise(self: FolderEdit, name: str) -> Edited | None:
+        done = original(self, name)
+        return done and replace(done, tensor=torch.nextafter(done.tensor, torch.full_like(done.tensor, 9.0)))
+
+    monkeypatch.setattr(FolderEdit, "edited", otherwise)
+    before = {path.name for path in tmp_path.iterdir()}
+    arguments = ["patch", "apply", recipe, two, "--reference", one, "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *arguments, "--cache", tmp_path / "cache")
+    assert (code, "gives other bits here" in err, "ask for the full patch" in err) == (2, True, True)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_recipes_are_made_with_the_threads_they_name(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = models
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1] if asked else 3)
+    cache = ["--cache", tmp_path / "cache"]
+    assert run(capsys, "restore", one, two, *cache, "--recipe", tmp_path / "r")[0] == 0
+    asked.append(5)
+    arguments = ["patch", "apply", tmp_path / "r", two, "--reference", one, "--out", tmp_path / "out"]
+    assert run(capsys, *arguments, *cache)[0] == 0
+    assert asked == [5, 3, 5]
+
+
+def test_a_patch_is_told_with_its_size_and_share(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = models
+
+    def one_number(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[0] += 1.0 if name == EMBEDDING else 0.0
+        return tensor
+
+    three = write(tmp_path / "c", change=one_number)
+    for after, large in ((two, True), (three, False)):
+        shapes = state(one)
+        weights = sum(t.nbytes for name, t in shapes.items() if not torch.equal(t, state(after)[name]))
+        text = run(capsys, "patch", "make", one, after, "--out", tmp_path / "p")[1]
+        size = (tmp_path / "p").stat().st_size
+        assert f"{size:,} bytes, {100 * size / weights:.3g} % of the {weights:,} bytes of weights" in text
+        assert ("restore --recipe" in text, size > weights / 2) == (large, large)
+        told = json.loads(run(capsys, "patch", "show", tmp_path / "p", "--json")[1])
+        assert (told["bytes"], told["weight_bytes"]) == (size, weights)
+    for command in (["invert", tmp_path / "p"], ["compose", tmp_path / "p", tmp_path / "p2"]):
+        run(capsys, "patch", "make", three, two, "--out", tmp_path / "p2")
+        assert "bytes of weights that it changes" in run(capsys, "patch", *command, "--out", tmp_path / "q")[1]

@@ -4,6 +4,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,58 @@ def test_the_written_model_is_the_recipe_and_nothing_else(
     assert same_state(out, tmp_path / "third")
     with Weights(out) as weights:
         assert len(weights.shapes) == 21
+
+
+def test_by_default_it_goes_three_quarters_of_the_way_back(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, cache = models
+    out = tmp_path / "out"
+    code, text, err = run(capsys, "restore", reference, target, "--cache", cache, "--out", out)
+    assert code == 0, err
+    before, after, written = state(reference), state(target), state(out)
+    edited = changed(target, out)
+    assert edited == {name for name in written if "_proj" in name}
+    for name in edited:
+        old, new = before[name].double().numpy(), after[name].double().numpy()
+        np.testing.assert_allclose(written[name].numpy(), new + 0.75 * (old - new), rtol=0, atol=1e-7)
+    lines = text.splitlines()
+    assert lines[0].startswith("interpolate_all_before-to-after_all_dose0.75")
+    assert lines[1] == f"wrote {out}"
+    assert f"`rlheals eval {out}`" in lines[2]
+    assert "try doses from 0.5 to 0.95" in lines[3]
+    assert len(lines) == 4, "a plain step decomposes nothing, so nothing is said of the cache"
+
+
+@pytest.mark.parametrize("options", [["--window", "head:0.2"], ["--basis", "uv"], ["--official"]])
+def test_a_window_a_basis_or_the_released_way_mean_directions(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    reference, target, cache = models
+    code, text, _ = run(capsys, "restore", reference, target, *options, "--dry-run", "--json", "--cache", cache)
+    recipe = json.loads(text)["recipe"]
+    assert (code, recipe["operator"], recipe["dose"]) == (0, "directions", 1.0)
+
+
+def test_after_an_edit_come_the_next_steps_and_what_stays_on_disk(
+    models: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference, target, _ = models
+    cache, patch = tmp_path / "cache", tmp_path / "p"
+    options = ["--window", "head:0.2", "--layers", "0", "--cache", cache, "--cache-gib", "2"]
+    code, text, err = run(capsys, "restore", reference, target, *options, "--patch", patch)
+    assert code == 0, err
+    assert "compare with a plain step, --operator interpolate --dose 0.75" in text
+    assert f"`rlheals patch invert {patch} --out FILE`" in text
+    weights = sum(state(target)[name].nbytes for name in state(target) if ".layers.0." in name and "_proj" in name)
+    size = patch.stat().st_size
+    assert f"wrote {patch}: {size:,} bytes, {100 * size / weights:.3g} % of the {weights:,} bytes of weights" in text
+    stored = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    assert 1024 < stored < 2**20
+    kept = f"{stored / 1024:.3g} KiB of decompositions in {cache / 'factors'}, at most 2 GiB (--cache-gib)"
+    assert kept in text.splitlines()[-1]
+    told = json.loads(run(capsys, "restore", reference, target, *options, "--patch", patch, "--json")[1])
+    assert (told["patch_bytes"], told["patch_weight_bytes"]) == (size, weights)
 
 
 def test_a_full_swap_is_the_reference(
@@ -267,7 +320,7 @@ def test_bad_input_exits_2_and_writes_nothing(
         (["--out", out, "--window", "top"], "is no window of ranks"),
         (["--out", out, "--modules", "q_prj"], "did you mean 'q_proj'"),
         (["--out", out, "--layers", "9"], "layer 9 is outside"),
-        (["--out", out, "--dose", "0.5"], "has no dose"),
+        (["--out", out, "--operator", "swap", "--dose", "0.5"], "has no dose"),
         (["--out", out, "--device", "tpu"], "--device tpu is not known"),
         (["--out", target], "exists and is no output"),
         (["--out", out, "--patch", out / "p"], "would lie inside"),
@@ -281,6 +334,11 @@ def test_bad_input_exits_2_and_writes_nothing(
         (["--out", target / "edited"], "lies in"),
         (["--out", reference / "deep" / "edited"], "lies in"),
         (["--patch", out, "--operator", "interpolate", "--dose", "0"], "a dose of 0 changes nothing"),
+        (["--recipe", out, "--dose", "0"], "a dose of 0 changes nothing"),
+        (["--recipe", target / "r.json"], "would lie inside the model folder"),
+        (["--out", out, "--recipe", out / "r.json"], "would lie inside the model folder"),
+        (["--recipe", target.parent / "config.json"], "is no recipe, so it is not replaced"),
+        (["--recipe", out, "--patch", out], "cannot be both"),
         (["--patch", target.parent / "config.json" / "x"], "a file is in the way"),
         (["--patch", f"/proc/{'x' * 8}"], "can be made there"),
         (["--out", out, "--shard-gb", "inf"], "--shard-gb is a size"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,6 +41,14 @@ def test_the_default_study_has_its_cells() -> None:
     assert len({result_key(cell.edit, study) for cell in cells}) == len(cells)
     assert {cell.group for cell in cells} == set(GROUPS) - {"control"}
     assert not any(cell.is_control for cell in cells)
+
+
+def test_plain_steps_go_on_finely_to_where_the_trained_task_falls_off() -> None:
+    doses = sorted({cell.edit.dose for cell in plan(settings(), subjects()) if cell.group == "interpolate"})
+    late = [dose for dose in doses if dose >= 0.75]
+    assert (late[0], late[-1]) == (0.75, 0.95)
+    assert all(later - dose == pytest.approx(0.05) for dose, later in pairwise(late))
+    assert min(doses) <= 0.25
 
 
 def test_contrasts_are_those_that_were_registered() -> None:

@@ -217,3 +217,15 @@ def test_stored_factors_are_a_view(store: FactorStore) -> None:
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     del found
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors - 1
+
+
+def test_what_stays_on_disk_is_told(store: FactorStore) -> None:
+    for digest in ("a", "b"):
+        store.factors(lambda: MATRIX, digest).close()
+    stored = sum(file.stat().st_size for file in store.directory.rglob("*") if file.is_file())
+    assert store.bytes_on_disk() == stored > 2 * SIZE
+    assert (
+        f": {stored / 1024:.3g} KiB of decompositions in {store.directory}, at most 1 GiB (--cache-gib)" in store.told()
+    )
+    limited = FactorStore(store.directory, 5 * 2**20)
+    assert "at most 5 MiB" in limited.told()
