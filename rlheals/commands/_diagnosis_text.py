@@ -11,31 +11,57 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
+from rlheals.commands._diagnosis_words import closing_lines
+from rlheals.reporting.verdict_words import TURNS, WORDS, counted, turns
+from rlheals.spectra.turn import leading_angles
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rlheals.spectra.diagnose import Diagnosis
     from rlheals.spectra.plan import Forecast
 
 WIDTH = 130
 """Columns where there is no terminal to ask."""
-VERDICTS = {
-    "unchanged": "unchanged",
-    "indistinguishable from same-norm noise": "like noise",
-    "structured rotation": "rotation",
-    "magnitude change": "magnitude",
+CAPTION = (
+    "verdict: structured means that noise of the same norm would not have this pattern, not that anything moved far; "
+    "turn: less than, as, or more than such noise turns the leading singular vectors; change: ‖ΔW‖/‖W‖; angle: mean "
+    "principal angle of those vectors at the smallest k, in brackets the 95 % band under noise; stretch: energy of ΔW "
+    "that only scales. By module, numbers are medians."
+)
+SIDES = ("left", "right")
+DEGREES = math.degrees(1)
+LEAST = 1e-3
+"""The smallest angle in degrees, and share in per cent, that is told to its digits."""
+GAUGE = {
+    "raw_change": "change as stored (noise)",
+    "aligned_change": "undone (noise)",
+    "gauge_share": "free (noise)",
 }
+"""Quantities of schema ``gauge`` in the terminal, with the heads of their columns."""
 BUSY = 1.5
 """From this ratio of clock to processor time on the machine is told to be busy."""
 FUNCTION = ("kl_base_tuned", "entropy_before", "entropy_after", "margin_before", "margin_after")
 
 
-def show_diagnosis(found: Diagnosis, counters: str, every: bool) -> None:
-    """One table a pair: a line a module, or a line a matrix; then function drift, warnings, and the counters."""
+def show_diagnosis(found: Diagnosis, counters: str, follows: Sequence[str], every: bool) -> None:
+    """One table a pair: a line a module, or a line a matrix; then gauge, function drift, and sentences.
+
+    Args:
+        found: the diagnosis.
+        counters: what was computed and what came from a cache.
+        follows: what the reader is told last.
+        every: a line a matrix, and a line a warning.
+    """
     console = _console()
+    draw = matrix_table if every else module_table
     for (pair,), rows in found.verdicts.group_by("pair", maintain_order=True):
-        console.print(matrix_table(str(pair), rows) if every else module_table(str(pair), rows, found.spectra))
+        console.print(draw(str(pair), rows, found.spectra))
+    for (pair,), rows in found.gauge.group_by("pair", maintain_order=True):
+        console.print(gauge_table(str(pair), rows))
     if not found.function_drift.is_empty():
         console.print(function_table(found.function_drift))
-    for line in [*closing_lines(found), counters]:
+    for line in [*closing_lines(found, every=every), counters, *follows]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -101,46 +127,56 @@ def duration(seconds: float) -> str:
 
 
 def module_table(pair: str, verdicts: pl.DataFrame, spectra: pl.DataFrame) -> Table:
-    """Verdicts counted by module, with medians over its matrices."""
-    table = Table(title=pair, title_justify="left")
+    """Verdicts and turns counted by module, with medians over its matrices and their bands."""
+    table = Table(title=pair, title_justify="left", caption=CAPTION, caption_justify="left")
     table.add_column("module", no_wrap=True, min_width=len("embed_tokens"))
-    angle_names = ("angle left", "angle right", "under noise")
-    for name in ("matrices", *VERDICTS.values(), "change", *angle_names, "stretch"):
+    for name in ("matrices", "verdict", "turn"):
         table.add_column(name, justify="right")
-    angles = top_angles(spectra.filter(pl.col("pair") == pair))
+    for name in ("change", *(f"angle {side} (noise)" for side in SIDES), "stretch"):
+        table.add_column(name, justify="right")
+    angles = leading_angles(spectra.filter(pl.col("pair") == pair))
     for (module,), rows in verdicts.group_by("module", maintain_order=True):
-        counts = [str(int((rows["verdict"] == verdict).sum())) for verdict in VERDICTS]
         mine = angles.filter(pl.col("module") == module)
-        left, right = (_degrees(mine.filter(pl.col("side") == side)["value"].median()) for side in ("left", "right"))
-        noise = _degrees(((mine["noise_low"] + mine["noise_high"]) / 2).median())
-        change = _share(rows["relative_change"].median())
-        stretch = _share(rows["stretch_share"].median())
-        table.add_row(str(module), str(len(rows)), *counts, change, left, right, noise, stretch)
-    table.caption = (
-        "change: median of ‖ΔW‖/‖W‖; angle: mean principal angle of the leading singular vectors at the smallest k; "
-        "under noise: what Gaussian noise of the same norm turns; stretch: energy of ΔW that only scales."
-    )
-    table.caption_justify = "left"
+        told = [_lines(counted(rows)), _lines(turns(rows))]
+        numbers = [_share(rows["relative_change"].median()), *_angles(mine), _share(rows["stretch_share"].median())]
+        table.add_row(str(module), str(len(rows)), *told, *numbers)
     return table
 
 
-def top_angles(spectra: pl.DataFrame) -> pl.DataFrame:
-    """Mean principal angles of the leading vectors at the smallest measured k of each matrix."""
-    rows = spectra.filter((pl.col("quantity") == "angle_mean") & (pl.col("part") == "top"))
-    return rows.filter(pl.col("k") == pl.col("k").min().over("tensor"))
-
-
-def matrix_table(pair: str, verdicts: pl.DataFrame) -> Table:
-    """One line a matrix."""
-    table = Table(title=pair, title_justify="left")
-    for name in ("tensor", "verdict", "test"):
-        table.add_column(name)
-    for name in ("p", "p (Holm)", "change", "stretch"):
-        table.add_column(name, justify="right")
+def matrix_table(pair: str, verdicts: pl.DataFrame, spectra: pl.DataFrame) -> Table:
+    """One row a matrix; the angles of its two sides below each other, left first."""
+    table = Table(title=pair, title_justify="left", caption=CAPTION, caption_justify="left")
+    table.add_column("tensor", overflow="fold")
+    for name in ("verdict", "turn"):
+        table.add_column(name, no_wrap=True)
+    for name in ("p (Holm)", "change", "angles left, right (noise)", "stretch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("test")
+    angles = leading_angles(spectra.filter(pl.col("pair") == pair))
     for row in verdicts.to_dicts():
-        numbers = [_number(row["p_value"]), _number(row["p_holm"])]
-        shares = [_share(row["relative_change"]), _share(row["stretch_share"])]
-        table.add_row(row["tensor"], row["verdict"], row["test"], *numbers, *shares)
+        told = [WORDS.get(row["verdict"], row["verdict"]), TURNS.get(row["turn"], "")]
+        turned = _lines(_angles(angles.filter(pl.col("tensor") == row["tensor"])))
+        numbers = [_number(row["p_holm"]), _share(row["relative_change"]), turned, _share(row["stretch_share"])]
+        table.add_row(row["tensor"], *told, *numbers, row["test"])
+    return table
+
+
+def gauge_table(pair: str, rows: pl.DataFrame) -> Table:
+    """How much of the change of each kind of block does nothing: medians over layers and heads, with their bands."""
+    table = Table(title=f"{pair}: change that does nothing (gauge)", title_justify="left", caption_justify="left")
+    table.add_column("block", no_wrap=True)
+    for name in ("layers × heads", *GAUGE.values()):
+        table.add_column(name, justify="right")
+    # A band is that of a normal sample, and may leave what a share can be.
+    ends = [pl.col(name).clip(0) for name in ("noise_low", "noise_high")]
+    for (block,), mine in rows.with_columns(ends).group_by("block", maintain_order=True):
+        medians = [mine.filter(pl.col("quantity") == name) for name in GAUGE]
+        cells = [_banded(part, 100, " %") for part in medians]
+        table.add_row(str(block).replace("_", " and "), str(len(medians[0])), *cells)
+    table.caption = (
+        "Medians, in brackets the 95 % band under noise. Undone: after turning factors whose product alone matters. "
+        "Free: the share of the change that this removes; 100 % means other weights for the same function."
+    )
     return table
 
 
@@ -157,27 +193,30 @@ def function_table(rows: pl.DataFrame) -> Table:
     return table
 
 
-def closing_lines(found: Diagnosis) -> list[str]:
-    """Warnings, notes, and what was left out."""
-    warnings = found.verdicts.filter(pl.col("warning") != "").select("tensor", "warning").unique(maintain_order=True)
-    lines = [f"warning: {tensor}: {warning}" for tensor, warning in warnings.iter_rows()]
-    lines += found.covered
-    lines += list(found.notes)
-    reasons: dict[str, int] = {}
-    for reason in found.left_out.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    if reasons:
-        lines.append("left out: " + "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) + ".")
-    return lines
-
-
 def _console() -> Console:
     terminal = sys.stdout.isatty()
     return Console(width=shutil.get_terminal_size().columns if terminal else WIDTH)
 
 
-def _degrees(radians: Any) -> str:
-    return "" if radians is None else f"{math.degrees(radians):.3g}°"
+def _lines(counts: list[str]) -> str:
+    return "\n".join(counts)
+
+
+def _angles(rows: pl.DataFrame) -> list[str]:
+    return [_banded(rows.filter(pl.col("side") == side), DEGREES, "°") for side in SIDES]
+
+
+def _banded(rows: pl.DataFrame, scale: float, unit: str) -> str:
+    """The median value in a unit, with the medians of the ends of its band in brackets."""
+    value, low, high = (_scaled(rows[name].median(), scale) for name in ("value", "noise_low", "noise_high"))
+    return f"{value}{unit} ({low}–{high})" if low and high else f"{value}{unit}" if value else ""
+
+
+def _scaled(value: Any, scale: float) -> str:
+    if value is None or not math.isfinite(value):
+        return ""
+    scaled = value * scale
+    return f"{scaled:.3g}" if scaled >= LEAST or scaled <= 0 else f"<{LEAST:g}"
 
 
 def _share(value: Any) -> str:

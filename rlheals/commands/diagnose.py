@@ -12,6 +12,8 @@ from rlheals.commands._shared import Json, default_cache, device_named, factor_s
 from rlheals.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import polars as pl
 
     from rlheals.spectra.coverage import Coverage
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 EXIT_CHANGED = 1
 EPILOG = (
     f"Exit codes: {EXIT_OK} every matrix is unchanged or indistinguishable from same-norm noise and what was not "
-    f"compared is equal, {EXIT_CHANGED} a matrix shows a structured rotation or a magnitude change, or something that "
-    "was not compared differs; an internal error, which prints a traceback, exits "
-    f"{EXIT_CHANGED} too, {EXIT_BAD_INPUT} bad input (the message says what to change)."
+    f"compared is equal, {EXIT_CHANGED} a matrix changed in a way that noise of its size would not (structured or "
+    "magnitude, however small), or something that was not compared differs; an internal error, which prints a "
+    f"traceback, exits {EXIT_CHANGED} too, {EXIT_BAD_INPUT} bad input (the message says what to change)."
 )
 
 
@@ -70,7 +72,9 @@ def diagnose(
     every: Annotated[
         bool,
         typer.Option(
-            "--all", help="Print every matrix, not one line a module; with --plan the paper's two models, too."
+            "--all",
+            help="Print every matrix and every warning, not one line a module or kind; with --plan the paper's two "
+            "models, too.",
         ),
     ] = False,
     plan: Annotated[
@@ -85,7 +89,9 @@ def diagnose(
 
     For each matrix: singular values, principal angles of the leading, trailing and middle singular vectors, stretch and
     rotation of the change, and a verdict against Gaussian noise of the same norm (5 %, Holm's correction over the
-    matrices). Reads one tensor at a time. Finished work is kept in the cache, so the same question is answered at once.
+    matrices): unchanged, like noise, structured or magnitude. Beside it stands whether the leading singular vectors
+    turned less than, as, or more than such noise turns them. The last lines say what follows and the next command.
+    Reads one tensor at a time. Finished work is kept in the cache, so the same question is answered at once.
     """
     from rlheals.models.topology import parse_layers, parse_modules
     from rlheals.publish import check_target
@@ -112,18 +118,21 @@ def diagnose(
         return
     if not tuned:
         raise UserError("name at least one TUNED folder to compare BASE with; --plan alone needs none.")
+    from rlheals.commands._diagnosis_text import show_diagnosis
+    from rlheals.commands._diagnosis_words import follow_up
     from rlheals.spectra.diagnose import diagnose as diagnose_models
 
     if out is not None:
         check_target(out)
     caches = _caches(cache or default_cache(), cache_gib, settings.device)
     found = diagnose_models(base, tuned, settings, caches, function=function, prompts=prompts)
+    follows = follow_up(found, base, tuned)
     if out is not None:
-        _write(found, out)
+        _write(found, out, follows)
     if as_json:
-        print_json(as_content(found, caches))
+        print_json(as_content(found, caches, follows))
     else:
-        _show(found, caches, every)
+        show_diagnosis(found, caches.told(), follows, every)
         if caches.factors.factorised or caches.factors.hits:
             typer.echo(caches.factors.told())
     if found.changed:
@@ -138,7 +147,7 @@ def _caches(directory: Path, cap_gib: float, device: str) -> Caches:
     return Caches(factor_store(directory, cap_gib, device), results)
 
 
-def _write(found: Diagnosis, out: Path) -> None:
+def _write(found: Diagnosis, out: Path, follows: Sequence[str]) -> None:
     """Tables and page, all or nothing."""
     from rlheals.publish import publish
     from rlheals.reporting.diagnosis_page import write_page
@@ -147,14 +156,20 @@ def _write(found: Diagnosis, out: Path) -> None:
     with publish(out) as directory:
         for schema, table in found.tables().items():
             write_table(table, schema, directory / f"{schema}.parquet")
-        write_page(found.tables(), directory, left_out=found.left_out, notes=[*found.covered, *found.notes])
+        notes = [*found.covered, *found.notes]
+        write_page(found.tables(), directory, left_out=found.left_out, notes=notes, follows=follows)
 
 
-def as_content(found: Diagnosis, caches: Caches) -> dict[str, Any]:
-    """What ``--json`` prints: verdicts, function drift, what was left out, and the counters."""
+def as_content(found: Diagnosis, caches: Caches, follows: Sequence[str]) -> dict[str, Any]:
+    """What ``--json`` prints: verdicts, leading angles and gauge with their bands, function drift, and the rest."""
+    from rlheals.spectra.turn import leading_angles
+
     return {
         "changed": found.changed,
+        "follows": list(follows),
         "verdicts": _records(found.verdicts),
+        "leading_angles": _records(leading_angles(found.spectra)),
+        "gauge": _records(found.gauge),
         "function_drift": _records(found.function_drift),
         "left_out": dict(found.left_out),
         "coverage": {pair: as_coverage(each) for pair, each in found.coverage.items()},
@@ -190,13 +205,12 @@ def as_coverage(found: Coverage) -> dict[str, Any]:
 
 def _records(table: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows without the columns that only a study fills; numbers that JSON does not have become null."""
-    return table.drop("profile", "model", "seed").fill_nan(None).to_dicts()
+    rows = table.drop("profile", "model", "seed").to_dicts()
+    return [{name: None if _unwritable(value) else value for name, value in row.items()} for row in rows]
 
 
-def _show(found: Diagnosis, caches: Caches, every: bool) -> None:
-    from rlheals.commands._diagnosis_text import show_diagnosis
-
-    show_diagnosis(found, caches.told(), every)
+def _unwritable(value: object) -> bool:
+    return isinstance(value, float) and not isfinite(value)
 
 
 def _plan(base: Path, checkpoints: int, settings: DiagnoseSettings, function: bool | None, known: bool) -> Forecast:

@@ -10,10 +10,11 @@ from markupsafe import Markup
 
 from rlheals.reporting import offline
 from rlheals.reporting.drift import Drift, pair_label, with_ladder
-from rlheals.reporting.figures.drift_map import MARKS, PAIRS
+from rlheals.reporting.figures.drift_map import PAIRS
 from rlheals.reporting.schemas import SCHEMAS, check
 from rlheals.reporting.sections.spectra import TURNED, context, figures
 from rlheals.reporting.site import TEMPLATES, environment, versions
+from rlheals.reporting.verdict_words import TURNS, WORDS, counted
 from rlheals.reporting.words import listed
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def write_page(
     *,
     left_out: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    follows: Sequence[str] = (),
 ) -> None:
     """Write ``index.html`` into ``directory``.
 
@@ -37,15 +39,20 @@ def write_page(
         directory: an existing folder.
         left_out: tensor name → why it was not analysed.
         notes: sentences that the command printed.
+        follows: what it said last: how large the change is, and what to do next.
 
     Raises:
         UserError: a table is not of its schema.
     """
-    (directory / FILE).write_text(page(tables, left_out=left_out, notes=notes), encoding="utf-8")
+    (directory / FILE).write_text(page(tables, left_out=left_out, notes=notes, follows=follows), encoding="utf-8")
 
 
 def page(
-    tables: Mapping[str, pl.DataFrame], *, left_out: Mapping[str, str] | None = None, notes: Sequence[str] = ()
+    tables: Mapping[str, pl.DataFrame],
+    *,
+    left_out: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    follows: Sequence[str] = (),
 ) -> str:
     """The page as text; see `write_page`."""
     drift = with_ladder(as_drift(tables))
@@ -66,6 +73,8 @@ def page(
             hidden_pairs=max(0, len(drift.pairs) - PAIRS),
             left_out=sorted((left_out or {}).items()),
             notes=list(notes),
+            follows=list(follows),
+            words=WORDS,
             versions=versions(),
         )
     )
@@ -94,10 +103,22 @@ def answer(drift: Drift) -> list[str]:
 def _counted(rows: pl.DataFrame) -> str:
     found = dict(rows["verdict"].value_counts().iter_rows())
     turned = sum(found.get(verdict, 0) for verdict in TURNED)
-    parts = listed([f"{found[verdict]} {verdict}" for verdict in MARKS if verdict in found])
+    parts = listed(counted(rows))
     if not turned:
         return f"nothing that noise of the same norm would not do ({parts} of {len(rows)} matrices)"
-    return f"{turned} of {len(rows)} matrices changed other than by noise ({parts})"
+    said = f"{turned} of {len(rows)} matrices changed other than by noise ({parts})"
+    numbers = turned_against_noise(rows)
+    return f"{said}; the leading singular vectors turned {numbers}" if numbers else said
+
+
+def turned_against_noise(rows: pl.DataFrame) -> str:
+    """In how many matrices the leading vectors turned less than, as, or more than noise turns them; empty for none.
+
+    >>> turned_against_noise(pl.DataFrame({"turn": ["as noise", "less than noise", ""]}))
+    'less than noise in 1 matrix and as noise in 1 matrix'
+    """
+    counts = [(turn, int((rows["turn"] == turn).sum())) for turn in TURNS]
+    return listed([f"{turn} in {count} {'matrix' if count == 1 else 'matrices'}" for turn, count in counts if count])
 
 
 def _lead(drift: Drift) -> str:

@@ -243,6 +243,7 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "p_holm": pl.Float64,  # over the matrices of the pair
         "relative_change": pl.Float64,  # of the Frobenius norm
         "stretch_share": pl.Float64,
+        "turn": pl.String,  # less than noise | as noise | more than noise | "" where there is no band
         "warning": pl.String,
         "driver": pl.String,
         "reconstruction_error": pl.Float64,

@@ -26,6 +26,7 @@ from rlheals.spectra.head_question import HEADS, HeadQuestion, has_both
 from rlheals.spectra.matrix_question import MatrixQuestion
 from rlheals.spectra.reader import Weights, check_same, common_rows
 from rlheals.spectra.settings import Pair
+from rlheals.spectra.turn import with_turn
 from rlheals.spectra.verdict import MAGNITUDE, ROTATION, Verdict, correct
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rlheals.models.topology import Matrix
+    from rlheals.spectra.function_question import Texts
     from rlheals.spectra.results import ResultCache
     from rlheals.spectra.settings import DiagnoseSettings
     from rlheals.spectra.store import FactorStore
@@ -127,7 +129,7 @@ def diagnose(
     pairs = [Pair(names[0], name) for name in names[1:]]
     small = function is None and small_enough(models.values())
     # Before the long part: a mistake in the prompts must not cost its time.
-    encoded = prompts_of(base, prompts, settings, caches.results) if function or prompts else None
+    encoded = _texts(base, prompts, settings, caches) if function or prompts else None
     found = compare(models, pairs, settings, caches, covered=True)
     if function is False:
         return found
@@ -135,13 +137,21 @@ def diagnose(
         return _noted(found, "function drift was not measured (a model is 2 GiB or larger); --function switches it on.")
     try:
         with _told():
-            encoded = prompts_of(base, None, settings, caches.results) if encoded is None else encoded
+            encoded = _texts(base, None, settings, caches) if encoded is None else encoded
             drift = function_drift_table(models, pairs, encoded, settings, caches.results, columns=NO_RUN)
     except UserError as error:
         if function:
             raise
         return _noted(found, f"function drift was not measured: {error}")
     return replace(found, function_drift=drift)
+
+
+def _texts(base: Path, prompts: Path | None, settings: DiagnoseSettings, caches: Caches) -> Texts:
+    """The texts to compare on; what the library advises while ``base`` writes them is kept off the terminal."""
+    from rlheals.models.checkpoint import quiet_library
+
+    with quiet_library():
+        return prompts_of(base, prompts, settings, caches.results)
 
 
 @contextmanager
@@ -198,9 +208,10 @@ def compare(
         notes = (*rows.notes, *(note for model in weights.values() for note in _peculiarities(model)))
     taken = {matrix.name for matrix in matrices}
     unselected = {each.name: "not selected" for each in first.topology.matrices if each.name not in taken}
+    spectra = stack(rows.spectra, "spectra", pairs)
     return Diagnosis(
-        spectra=stack(rows.spectra, "spectra", pairs),
-        verdicts=verdict_table(rows.verdicts, pairs),
+        spectra=spectra,
+        verdicts=with_turn(verdict_table(rows.verdicts, pairs), spectra),
         gauge=stack(rows.gauge, "gauge", pairs),
         function_drift=pl.DataFrame(schema=SCHEMAS["function_drift"]),
         left_out={**first.topology.left_out, **unselected},
@@ -336,7 +347,7 @@ def label(table: pl.DataFrame, names: Mapping[str, Any], schema: str) -> pl.Data
 
 
 def verdict_table(rows: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> pl.DataFrame:
-    """Schema ``spectra_verdicts``, corrected over the matrices of each pair."""
+    """Schema ``spectra_verdicts``, corrected over the matrices of each pair; ``turn`` is left to `with_turn`."""
     corrected: list[dict[str, Any]] = []
     for pair in pairs:
         mine = [row for row in rows if row["pair"] == pair.name]

@@ -147,10 +147,11 @@ def as_batches(texts: Sequence[Sequence[int]]) -> list[Batch]:
 def _answer(
     reference: Path, target: Path, texts: Sequence[Sequence[int]], draws: int, seed: int, dtype: str, device: str
 ) -> Finding:
-    from rlheals.models.checkpoint import load_model
+    from rlheals.models.checkpoint import load_model, quiet_library
     from rlheals.spectra.function_drift import function_drift
 
     base, tuned = (load_model(folder, dtype, device) for folder in (reference, target))
-    rows = function_drift(base, tuned, as_batches(texts), draws=draws, seed=seed)
+    with quiet_library():  # running a model has it advise on masks and caches, too
+        rows = function_drift(base, tuned, as_batches(texts), draws=draws, seed=seed)
     columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
     return Finding(pl.DataFrame(columns, schema=COLUMNS), {})

@@ -49,11 +49,11 @@ class RandomLaw:
 
     @property
     def text(self) -> str:
-        """The warning, to be shown beside the name of the tensor."""
+        """The warning, to be shown beside the name of the tensor; before the colon stands what others may share."""
         return (
-            f"matches the random law of its initialiser (N(0, {self.standard_deviation:g}²)): singular values from "
-            f"{self.smallest:.4g} to {self.largest:.4g}, Marchenko-Pastur edges {self.low:.4g} and {self.high:.4g}, "
-            f"distributions {self.distance:.2g} apart; the weights were probably not loaded or never trained"
+            f"matches the random law of its initialiser (N(0, {self.standard_deviation:g}²)), so its weights were "
+            f"probably not loaded or never trained: singular values from {self.smallest:.4g} to {self.largest:.4g}, "
+            f"Marchenko-Pastur edges {self.low:.4g} and {self.high:.4g}, distributions {self.distance:.2g} apart"
         )
 
     def warn(self, tensor: str) -> None:

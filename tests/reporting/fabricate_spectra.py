@@ -46,6 +46,7 @@ class Picture:
     undone: float = 0.3  # share of the hidden-state shift that RL takes back
     layers: int = 3
     noise: bool = True
+    turn: str = "more than noise"
     verdicts: dict[str, str] = field(default_factory=dict)
 
 
@@ -167,6 +168,7 @@ def _verdict(where, shape, picture):
         "p_holm": 2e-5,
         "relative_change": NORM[where["pair"]] * (1 + 0.3 * (where["module"] == "v_proj")),
         "stretch_share": 0.03,
+        "turn": picture.turn,
         "warning": "",
         "driver": "gesdd",
         "reconstruction_error": 2e-15,

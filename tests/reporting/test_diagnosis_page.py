@@ -64,7 +64,10 @@ def test_the_page_is_one_file_that_names_no_server(written):
 
 def test_it_says_what_the_tables_say(written):
     text = Page(written.read_text()).text
-    assert "14 of 14 matrices changed other than by noise (14 structured rotation)" in text
+    said = (
+        "14 of 14 matrices changed other than by noise (14 structured); the leading singular vectors turned more than "
+    )
+    assert said + "noise in 14 matrices" in text
     assert "model.layers.1.down_proj.weight" in text
     assert "model.norm.weight" in text
     assert "one-dimensional" in text
@@ -81,15 +84,31 @@ def test_models_without_a_finding_are_told_so():
     ]
 
 
+def test_structure_is_not_told_as_a_large_turn():
+    found = tables(Picture(layers=1, turn="less than noise"))
+    found["spectra"] = found["spectra"].filter(pl.col("quantity") == "angle_mean")
+    del found["gauge"], found["function_drift"]
+    text = Page(page(found, follows=["Next: rlheals restore 'a b' <c>"])).text
+    assert "the leading singular vectors turned less than noise in 7 matrices" in text
+    assert "rotation" not in text.split("Figures")[0]
+    assert "7 / 0 / 0" in text
+    assert "Next: rlheals restore 'a b' <c>" in text
+    assert "What follows" not in page(found)
+
+
 def test_warnings_and_missing_measures_are_shown_plainly():
     found = tables(Picture(layers=1))
     found["spectra"] = found["spectra"].filter(pl.col("quantity") != "sigma_change")
     found["spectra_verdicts"] = found["spectra_verdicts"].with_columns(
-        warning=pl.lit("matches the random law of its initialiser"), p_value=pl.lit(None, pl.Float64)
+        warning=pl.lit("base matches the random law of its initialiser: singular values from 1 to 2"),
+        p_value=pl.lit(None, pl.Float64),
     )
     del found["gauge"], found["function_drift"]
     text = Page(page(found)).text
-    assert "matches the random law of its initialiser" in text
+    # One sentence for all of them, without the numbers of each.
+    assert text.count("base matches the random law of its initialiser") == 1
+    assert "7 matrices (model.layers.0.q_proj.weight," in text
+    assert "singular values from 1 to 2" not in text
     assert "What the function did" not in text
 
 

@@ -157,7 +157,7 @@ def test_the_map_marks_verdicts_and_disagreeing_seeds():
     calm, turned = Picture(verdicts={"q_proj": "unchanged"}), Picture()
     drift = make_drift(calm, RUNS["one"])
     spec = json.dumps(drift_map(drift).to_dict(), ensure_ascii=False)
-    assert all(f'"mark": "{mark}"' in spec for mark in ("=", "R", "·", "▲"))
+    assert all(f'"mark": "{mark}"' in spec for mark in ("=", "S", "·", "▲"))
     other = make_drift(turned, (("tiny", 1),))
     both = replace(
         drift,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MARKS = {
     "unchanged": "=",
     "indistinguishable from same-norm noise": "·",
-    "structured rotation": "R",
+    "structured rotation": "S",
     "magnitude change": "M",
 }
 """Letter of a verdict in the map."""
@@ -49,7 +49,7 @@ def drift_map(drift: Drift) -> alt.TopLevelMixin:
         sides = [alt.vconcat(*column, spacing=16) for column in (left, right if len(own) else []) if column]
         return alt.hconcat(*sides, spacing=40).resolve_scale(color="independent")
 
-    marks = "R structured rotation, M magnitude change, · like noise, = unchanged"
+    marks = "S structured change, M magnitude change, · like noise, = unchanged"
     note = f"{marks}{', ? seeds differ' if verdicts['seed'].n_unique() > 1 else ''}; ▲▼ outside the noise band"
     return titled(verdicts, draw, "Where the weights moved", note, "mean")
 

@@ -12,18 +12,13 @@ from rlheals.reporting.figures.drift_map import LADDER, MARKS, drift_ladder, dri
 from rlheals.reporting.figures.gauge import function_drift, gauge_drift
 from rlheals.reporting.figures.spectra import angle_curves, has_angle_curves, singular_values
 from rlheals.reporting.sections.core import Content, Figure, RunMetrics, Section
+from rlheals.reporting.verdict_words import TURNS, WORDS, warning_lines
 from rlheals.reporting.words import percent
 
 if TYPE_CHECKING:
     from rlheals.reporting.tables import Study
 
 TURNED = ("structured rotation", "magnitude change")
-HEADS = {
-    "indistinguishable from same-norm noise": "like noise",
-    "structured rotation": "rotation",
-    "magnitude change": "magnitude",
-}
-"""Verdicts as column heads."""
 BAND = "the middle 95 % of what Gaussian noise with the norm of the real change gives"
 
 
@@ -95,13 +90,10 @@ def context(drift: Drift) -> dict[str, Any]:
     for model, seed in drift.verdicts.select("model", "seed").unique(maintain_order=True).iter_rows():
         own = counts.filter((pl.col("model") == model) & (pl.col("seed") == seed))
         runs.append({"model": model, "seed": seed, "rows": [_pair_row(own, drift, pair) for pair in drift.pairs]})
-    warnings = drift.verdicts.filter(pl.col("warning") != "")
     return {
         "runs": runs,
-        "marks": [HEADS.get(verdict, verdict) for verdict in MARKS],
-        "warnings": warnings.select("model", "seed", "pair", "tensor", "warning")
-        .unique(maintain_order=True)
-        .to_dicts(),
+        "marks": [WORDS[verdict] for verdict in MARKS],
+        "warnings": warning_lines(drift.verdicts),
         "errors": drift.verdicts.select(pl.col("reconstruction_error").max(), pl.col("orthonormality_error").max()).row(
             0, named=True
         ),
@@ -163,6 +155,7 @@ def _pair_row(counts: pl.DataFrame, drift: Drift, pair: str) -> dict[str, Any]:
         "pair": pair_label(pair),
         "matrices": len(verdicts),
         "counts": [found.get(verdict, 0) for verdict in MARKS],
+        "turns": [int((verdicts["turn"] == turn).sum()) for turn in TURNS],
         "change": percent(_number(verdicts["relative_change"].median())),
         "angle": _degrees(angle["value"].median()),
         "ratio": f"{ratio:.2f}×" if isinstance(ratio, float) else "–",
