@@ -41,6 +41,8 @@ GAUGE = {
 """Quantities of schema ``gauge`` in the terminal, with the heads of their columns."""
 BUSY = 1.5
 """From this ratio of clock to processor time on the machine is told to be busy."""
+LONGEST_NAME = 56
+"""Columns that the name of a tensor may take before it is folded."""
 FUNCTION = ("kl_base_tuned", "entropy_before", "entropy_after", "margin_before", "margin_after")
 
 
@@ -144,20 +146,20 @@ def module_table(pair: str, verdicts: pl.DataFrame, spectra: pl.DataFrame) -> Ta
 
 
 def matrix_table(pair: str, verdicts: pl.DataFrame, spectra: pl.DataFrame) -> Table:
-    """One row a matrix; the angles of its two sides below each other, left first."""
+    """One row a matrix: below its name the test that decided, and the angles of its two sides below each other."""
     table = Table(title=pair, title_justify="left", caption=CAPTION, caption_justify="left")
-    table.add_column("tensor", overflow="fold")
+    longest = max(map(len, verdicts["tensor"]), default=0)
+    table.add_column("tensor, test", overflow="fold", min_width=min(longest, LONGEST_NAME))
     for name in ("verdict", "turn"):
         table.add_column(name, no_wrap=True)
     for name in ("p (Holm)", "change", "angles left, right (noise)", "stretch"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("test")
     angles = leading_angles(spectra.filter(pl.col("pair") == pair))
     for row in verdicts.to_dicts():
         told = [WORDS.get(row["verdict"], row["verdict"]), TURNS.get(row["turn"], "")]
         turned = _lines(_angles(angles.filter(pl.col("tensor") == row["tensor"])))
         numbers = [_number(row["p_holm"]), _share(row["relative_change"]), turned, _share(row["stretch_share"])]
-        table.add_row(row["tensor"], *told, *numbers, row["test"])
+        table.add_row(_lines([row["tensor"], row["test"]]), *told, *numbers)
     return table
 
 
