@@ -22,6 +22,7 @@ from rlheals.reporting.registered import FAILS, HOLDS, UNDECIDED, pooled_verdict
 from rlheals.reporting.repairs import Repairs
 from rlheals.reporting.sections.restoration import breaks_budget
 from rlheals.reporting.tables import Choice
+from rlheals.training.ppo.manipulation import reward_changes
 
 REPORTS = Path(__file__).parents[2] / "reports"
 TABLES = REPORTS / "mini-confirm/tables"
@@ -201,6 +202,13 @@ def test_no_rewarded_branch_from_step_40_on_raises_its_own_reward():
     assert sum(value > 0 for value in rises) == 0
     assert np.mean(rises) == pytest.approx(-0.111, abs=5e-4)
     assert max(rises) == pytest.approx(-0.002, abs=5e-4)
+
+
+def test_what_the_check_of_the_manipulation_says_of_these_branches():
+    later = [change for key, change in reward_changes(table("rl_training.parquet")) if key["checkpoint_step"] >= 40]
+    assert len(later) == 36
+    assert sum(change.solved.falls for change in later) == 28
+    assert sum(change.solved.rises for change in later) == 0
 
 
 def test_nor_its_greedy_id_accuracy():
