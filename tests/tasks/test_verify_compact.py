@@ -45,6 +45,8 @@ def grade(formula: str, head: str = HEAD, tail: str = " }", rule: Rule = OOD) ->
         ("11 ^ 1 = 12", verifier.FORMAT, -3, ()),
         ("11 + 1 > 12", verifier.FORMAT, -3, ()),
         ("011 + 1 = 12", verifier.FORMAT, -3, ()),
+        ("1 1 + 1 = 12 , 12 + 8 = 20 , 20 + 4 = 24", verifier.FORMAT, -3, ()),
+        ("1\u00a01 + 1 = 12 , 12 + 8 = 20 , 20 + 4 = 24", verifier.FORMAT, -3, ()),  # any white space parts words
         ("11 / 0 = 0", verifier.WRONG_NUMBER, -4, ("0",)),
         (f"{'9' * 13} + 1 = 2", verifier.FORMAT, -3, ()),
     ],

@@ -73,6 +73,27 @@ def test_rewards(formula: str, exact: float, official: float):
         assert verdict.fields_ok
 
 
+WHITE_SPACE = [character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()]
+
+
+def test_no_white_space_joins_two_numbers():
+    """12 of a hand 12, 2, 1, 1 may not be written as 1 and 2 with something between that is then taken away."""
+    rule, cards = Rule.faces_as_11_12_13(24), ["Q", "2", "A", "A"]
+    assert {" ", "\t", "\n", "\x1c", "\x85", "\u00a0", "\u2003", "\u2028", "\u3000"} <= set(WHITE_SPACE)
+    for character in WHITE_SPACE:
+        for gap in (character, f" {character}", character * 2):
+            joined = f'{{"cards": {cards}, "number": [12, 2, 1, 1], "formula": "1{gap}2*2*1*1"}}'.replace("'", '"')
+            assert verify(joined, cards, rule, "paper", "exact").code == verifier.FORMAT, repr(gap)
+            assert not verify(joined, cards, rule, "paper", "official").solved, repr(gap)
+        spaced = f'{{"formula": "12{character}*{character}2*1*1{character}"}}'
+        assert verify(spaced, cards, rule, "paper", "exact").solved, repr(character)
+
+
+def test_official_grading_reads_brackets_of_any_depth():
+    """A documented departure: Python gives up a little above 200."""
+    assert grade("(" * 500 + "1*2*3*4" + ")" * 500, "official").reward == 5
+
+
 def test_exact_success_that_float_equality_rejects():
     cards = ["3", "3", "8", "8"]
     assert grade("8/(3-8/3)", "exact", cards).solved

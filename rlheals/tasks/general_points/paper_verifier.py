@@ -8,7 +8,8 @@ The formula is everything before its first ``=``. Two gradings share the reading
   ``8/(3-8/3)`` is not a success and earns 0), and the beginning of a known solution earns +1.
 
 Both charge -2 for wrong numbers and -2 more for unused ones. Departures of official grading from the released code:
-digits are ASCII only, and a formula that is no string is a format error where that code would crash.
+digits are ASCII only, a formula that is no string is a format error where that code would crash, and brackets may be
+nested deeper than Python reads them (docs/fidelity.md).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ _FORMULA_OPENED = re.compile(r'"formula"\s*:\s*"')
 _OFFICIAL_FORMULA = re.compile(r'"formula": "(.*?)"')
 _LISTS = {key: re.compile(rf'"{key}"\s*:\s*\[([^][]*)\]') for key in ("cards", "number")}
 _WHITE_SPACE = re.compile(r"\s+")
+_NUMBERS_APART = re.compile(r"[0-9]\s+[0-9]")  # by any white space that the line above removes, ASCII or not
 # The released solver's bracket placements for four numbers, as (opening position, closing position) of terms.
 _BRACKETS = ((), ((0, 1),), ((0, 2),), ((1, 2),), ((1, 3),), ((2, 3),), ((0, 1), (2, 3)))
 _OFFICIAL_CARDS = 4
@@ -91,7 +93,7 @@ def read_formula(text: str, official: bool = False, fields: dict[str, Any] | Non
     if official:
         return formula
     # Two numbers with only white space between them must not merge into one.
-    return _WHITE_SPACE.sub("", formula) if not re.search(r"\d\s+\d", formula, re.ASCII) else formula
+    return formula if _NUMBERS_APART.search(formula) else _WHITE_SPACE.sub("", formula)
 
 
 def _json_object(text: str) -> dict[str, Any]:
