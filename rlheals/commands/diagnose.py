@@ -132,9 +132,9 @@ def diagnose(
     if as_json:
         print_json(as_content(found, caches, follows))
     else:
-        show_diagnosis(found, caches.told(), follows, every)
-        if caches.factors.factorised or caches.factors.hits:
-            typer.echo(caches.factors.told())
+        used = caches.factors.factorised or caches.factors.hits
+        counters = [caches.told(), *([caches.factors.told()] if used else [])]
+        show_diagnosis(found, "\n".join(counters), follows, every)
     if found.changed:
         raise typer.Exit(EXIT_CHANGED)
 

@@ -46,7 +46,9 @@ def doctor(
 ) -> None:
     """Examine a branch's training curves: what went wrong, the likely cause, and the parameter to change.
 
-    Reads tables only, so it works on a finished run without its models. RUN may hold several branches.
+    The first question is whether the branch raised its own reward: one that did not says nothing about what RL does
+    elsewhere. Errors set the exit code; a note is a fact to know, not a fault. Reads tables only, so it works on a
+    finished run without its models. RUN may hold several branches.
     """
     import polars as pl
 
@@ -75,13 +77,15 @@ def _shapes(path: Path) -> pl.DataFrame:
 
 
 def _show(run: Path, findings: pl.DataFrame, shown: pl.DataFrame) -> None:
-    counts = {level: int((findings["level"] == level).sum()) for level in ("error", "warning", "ok")}
+    from rlheals.training.ppo.checks import LEVELS
+
+    counts = {level: int((findings["level"] == level).sum()) for level in reversed(LEVELS)}
     typer.echo(f"{run}: " + ", ".join(f"{count} {level}" for level, count in counts.items()))
     for (arm, step), rows in shown.group_by("arm", "checkpoint_step", maintain_order=True):
         typer.echo(f"{arm} from step {step}")
         for row in rows.to_dicts():
             typer.echo(
-                f"  {row['level']:<8}{row['check']:<20}{row['value']:>10.4g}  limit {row['limit']:.4g}, "
+                f"  {row['level']:<8}{row['check']:<22}{row['value']:>10.4g}  limit {row['limit']:.4g}, "
                 f"update {row['update']}"
             )
             if row["cause"]:

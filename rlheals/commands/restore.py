@@ -246,11 +246,6 @@ def _tell(planned: FolderEdit, outputs: Outputs) -> None:
         f"{planned.edit.cell_id}: {len(planned.changed)} of {len(planned.target.shapes)} tensors changed"
         + (most or "; the edit changes nothing")
     )
-    for note in planned.notes:
-        typer.echo(note)
-    if planned.left.differing:
-        parts = ", ".join(planned.left.parts)
-        typer.echo(f"left as they are although they differ: {parts}; --everything takes them too")
     if outputs.folder is not None:
         typer.echo(f"wrote {outputs.folder}")
     if outputs.patch is not None:
@@ -260,6 +255,11 @@ def _tell(planned: FolderEdit, outputs: Outputs) -> None:
             f"wrote {outputs.recipe}: {outputs.recipe.stat().st_size:,} bytes; whoever has both models makes the same "
             f"weights of it by `rlheals patch apply {outputs.recipe.name} TARGET --reference REFERENCE --out DIR`."
         )
+    for note in planned.notes:
+        typer.echo(note)
+    if planned.left.differing:
+        parts = ", ".join(planned.left.parts)
+        typer.echo(f"left as they are although they differ: {parts}; --everything takes them too")
     if largest is not None:
         for line in next_steps(planned, outputs):
             typer.echo(line)

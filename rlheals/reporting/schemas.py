@@ -130,7 +130,11 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
         "policy_loss": pl.Float64,
         "value_loss": pl.Float64,
         "explained_variance": pl.Float64,
-        "grad_norm": pl.Float64,
+        "grad_norm": pl.Float64,  # mean over the steps of the update, before clipping
+        "grad_norm_low": pl.Float64,  # of its steps; null where the trainer tells one number only
+        "grad_norm_high": pl.Float64,
+        "grad_norm_limit": pl.Float64,  # gradients are clipped to this norm
+        "flat_groups": pl.Float64,  # share of groups whose episodes all have one reward; null without groups
         "learning_rate": pl.Float64,
         "ratio_max_deviation_first": pl.Float64,  # largest |ratio - 1| in the first pass of the update
         "engine_ratio_deviation": pl.Float64,  # largest |ratio - 1| of a token, trainer over engine; null if one model
@@ -337,6 +341,12 @@ SCHEMAS: dict[str, dict[str, type[pl.DataType] | pl.DataType]] = {
 }
 
 
+ADDED: dict[str, tuple[str, ...]] = {
+    "rl_training": ("grad_norm_low", "grad_norm_high", "grad_norm_limit", "flat_groups"),
+}
+"""Columns that tables of earlier versions lack; they are null in these."""
+
+
 def check(table: pl.DataFrame, schema: str, where: str | Path = "table") -> pl.DataFrame:
     """Return ``table`` unchanged when its columns, order and types are those of ``schema``.
 
@@ -373,4 +383,10 @@ def read_table(path: Path, schema: str) -> pl.DataFrame:
         table = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({error}); delete it and run `dvc repro`.") from error
+    lacking = [name for name in ADDED.get(schema, ()) if name not in table.columns]
+    if lacking:
+        types = SCHEMAS[schema]
+        table = table.with_columns(pl.lit(None, types[name]).alias(name) for name in lacking)
+        if set(table.columns) == set(types):
+            table = table.select(list(types))
     return check(table, schema, path)

@@ -215,6 +215,8 @@ class Edit:
         """Readable name that is the same in every run and differs between any two edits; safe as a file name."""
         recipe = self.recipe()
         recipe.pop("amounts")
+        if not self.scope.everything:
+            del recipe["scope"]["everything"]  # cells had their names before there was such a scope
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
         parts = [self.operator, self.basis, f"{self.reference}-to-{self.target}", self.scope.text]
         parts += [] if self.window.is_full else [self.window.text.replace(":", "")]
@@ -245,10 +247,7 @@ class Edit:
 
     def recipe(self) -> dict[str, Any]:
         """Everything that defines the edit, as JSON takes it; `from_recipe` reads it back."""
-        recipe = asdict(self) | {"window": self.window.text}
-        if not self.scope.everything:
-            del recipe["scope"]["everything"]  # names of cells follow from the recipe and were given before it existed
-        return recipe
+        return asdict(self) | {"window": self.window.text}
 
 
 def from_recipe(recipe: Mapping[str, Any]) -> Edit:

@@ -248,6 +248,7 @@ class Rollouts:
         columns = rollout_columns(facts, critic=False, advantages=True)
         if update == 0:
             check_readable(self.run.label, columns["format_error_rate"], self.run.settings.least_readable)
+        columns["flat_groups"] = float((grouped == grouped[:, :1]).all(1).mean())
         self.row = {"update": update + 1, **columns, "seconds_rollout": seconds}
         self.advantages = histogram(advantages, update + 1)
 
@@ -325,6 +326,7 @@ class Branch(TrainerCallback):  # type: ignore[misc]
                 "entropy": logs.get("entropy"),
                 "clip_fraction": logs.get("clip_ratio/region_mean"),
                 "grad_norm": float(logs["grad_norm"]),
+                "grad_norm_limit": self.run.settings.max_grad_norm,
                 "learning_rate": self.run.settings.learning_rate * factor,
                 "seconds_train": time.perf_counter() - self.rollouts.finished,
             }

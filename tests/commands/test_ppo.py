@@ -32,7 +32,7 @@ def branch(folder: Path, training: pl.DataFrame) -> str:
 def test_a_healthy_run_exits_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", branch(tmp_path, table()))
     assert code == 0
-    assert out == f"{tmp_path}: 0 error, 0 warning, 19 ok\n"
+    assert out == f"{tmp_path}: 0 error, 0 warning, 0 note, 23 ok\n"
     _, out, _ = run(capsys, "doctor", str(tmp_path), "--all")
     assert "explained_variance" in out
 
@@ -55,7 +55,7 @@ def test_json_holds_findings_and_shapes(tmp_path: Path, capsys: pytest.CaptureFi
     folder = branch(tmp_path, table(clip_fraction=0.9))
     code, out, _ = run(capsys, "doctor", folder, "--advantages", "--json")
     told = json.loads(out)
-    assert (code, told["checks"]) == (1, 19)
+    assert (code, told["checks"]) == (1, 23)
     assert [finding["check"] for finding in told["findings"]] == ["clip_fraction"]
     assert told["advantages"][0]["n"] == 4
 

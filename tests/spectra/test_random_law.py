@@ -123,6 +123,6 @@ def test_small_zero_and_unscaled_matrices_are_not_judged() -> None:
 def test_warning_names_tensor_and_law() -> None:
     law = looks_untrained(torch.linalg.svdvals(fresh((64, 64))), (64, 64), 0.02)
     assert law is not None
-    assert law.text.startswith("matches the random law of its initialiser (N(0, 0.02²)): ")
+    assert law.text.startswith("matches the random law of its initialiser (N(0, 0.02²)), so its weights were ")
     with pytest.warns(RandomLawWarning, match=r"model\.layers\.0\.mlp\.up_proj\.weight matches the random law"):
         law.warn("model.layers.0.mlp.up_proj.weight")

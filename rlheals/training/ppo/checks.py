@@ -18,7 +18,8 @@ import polars as pl
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
+OK, NOTE, WARNING, ERROR = LEVELS = ("ok", "note", "warning", "error")
+"""A note is a fact to know about a run, not a fault in it."""
 CHANGE = "ppo.change."
 Series = Callable[[pl.DataFrame], "NDArray[np.float64]"]
 """Values by update (NaN: not judged there) of a branch's rows, which are sorted by update."""

@@ -14,10 +14,11 @@ import polars as pl
 
 from rlheals.errors import UserError
 from rlheals.reporting.schemas import SCHEMAS
-from rlheals.training.ppo.checks import CHANGE, CHECKS, Finding, column, third
+from rlheals.training.ppo.checks import CHANGE, CHECKS, Finding
 from rlheals.training.ppo.checks import ERROR as ERROR
 from rlheals.training.ppo.checks import OK as OK
 from rlheals.training.ppo.checks import WARNING as WARNING
+from rlheals.training.ppo.curve_checks import GRADIENT_CHECKS, REWARD_CURVE_CHECKS
 from rlheals.training.ppo.manipulation import KEYS, NO_REWARD_ARM
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-REWARD_CHECKS = frozenset({"reward_balance_low", "reward_balance_high", "reward_spread", "reward_hacking"})
+REWARD_CHECKS = frozenset({"reward_balance_low", "reward_balance_high", "reward_spread"})
 """Checks that mean nothing in an arm that does not use the reward."""
 
 
@@ -36,7 +37,8 @@ def diagnose(training: pl.DataFrame) -> pl.DataFrame:
         training: rows of schema ``rl_training``, of one branch or several. Null columns are not judged.
 
     Returns:
-        Schema ``doctor``: one row for each check of each branch, in the order of `CHECKS`.
+        Schema ``doctor``: one row for each check of each branch: whether the reward rose first, then `CHECKS`, then the
+        gradients. Checks without a value to judge have no row.
 
     Raises:
         UserError: the table has no rows.
@@ -53,47 +55,13 @@ def diagnose(training: pl.DataFrame) -> pl.DataFrame:
 
 
 def _findings(rows: pl.DataFrame) -> list[Finding]:
-    skipped = REWARD_CHECKS if rows["arm"][0] == NO_REWARD_ARM else frozenset()
-    found = [check.judge(rows) for check in CHECKS if check.name not in skipped]
-    found += [_reward_hacking(rows)] if "reward_hacking" not in skipped else []
+    if rows["arm"][0] == NO_REWARD_ARM:
+        found = [check.judge(rows) for check in CHECKS if check.name not in REWARD_CHECKS]
+    else:
+        found = [check(rows) for check in REWARD_CURVE_CHECKS]
+        found += [check.judge(rows) for check in CHECKS]
+    found += [check(rows) for check in GRADIENT_CHECKS]
     return [finding for finding in (*found, _non_finite(rows)) if finding is not None]
-
-
-def _reward_hacking(rows: pl.DataFrame) -> Finding | None:
-    """Whether the reward rose, from the first third of the run to the last, while the share of solved did not.
-
-    Both changes are compared with their standard errors: the reward must rise by over three, the share by at most one.
-    """
-    if rows.height < 2:
-        return None
-    size = max(1, rows.height // 3)
-    first, last = rows.head(size), rows.tail(size)
-    gain, error = _difference(first, last, "reward_mean", "reward_std")
-    solved = pl.col("solved_rate")
-    first, last = (part.with_columns(solved_std=(solved * (1 - solved)).sqrt()) for part in (first, last))
-    solved_gain, solved_error = _difference(first, last, "solved_rate", "solved_std")
-    update, limit = int(rows["update"][-1]), 3 * error
-    if not math.isfinite(gain) or not gain > limit or solved_gain > solved_error:
-        return Finding(update, "reward_hacking", OK, gain, limit, "", "") if math.isfinite(gain) else None
-    unreadable = column("format_error_rate")(rows)
-    readable = third(unreadable, last=True) < third(unreadable, last=False)
-    cause = (
-        "the reward rises because fewer answers are unreadable, not because more are right"
-        if readable
-        else "the reward rises while the share of solved episodes does not: the policy collects the partial rewards"
-    )
-    level = WARNING if readable else ERROR
-    return Finding(update, "reward_hacking", level, gain, limit, cause, CHANGE + "kl_coefficient")
-
-
-def _difference(first: pl.DataFrame, last: pl.DataFrame, mean: str, std: str) -> tuple[float, float]:
-    """Change of a mean between two groups of updates, and the standard error of the change."""
-    squares = [
-        float((part[std].fill_null(math.nan).to_numpy() ** 2 / part["episodes"].to_numpy()).sum()) / part.height**2
-        for part in (first, last)
-    ]
-    means = [float(part[mean].fill_null(math.nan).to_numpy().mean()) for part in (first, last)]
-    return means[1] - means[0], math.sqrt(sum(squares))
 
 
 def _non_finite(rows: pl.DataFrame) -> Finding:

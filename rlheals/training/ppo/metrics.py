@@ -85,6 +85,7 @@ def rollout_columns(facts: Sequence[Facts], critic: bool, advantages: bool) -> d
         "advantage_positive_share": found.positive_share if found else None,
         "response_tokens_mean": tokens / len(errors),
         "engine_ratio_deviation": _engine_deviation(facts),
+        "flat_groups": None,
     }
 
 
@@ -149,5 +150,7 @@ def loss_columns(parts: Sequence[Losses], reward: bool, critic: bool) -> dict[st
         "policy_loss": sum(part.policy for part in parts) / steps if reward and units else None,
         "value_loss": sum(part.value for part in parts) / steps if critic and trained else None,
         "grad_norm": float(np.mean(norms)) if norms else None,
+        "grad_norm_low": min(norms, default=None),
+        "grad_norm_high": max(norms, default=None),
         "ratio_max_deviation_first": max(part.first_deviation for part in parts) if moved else None,
     }

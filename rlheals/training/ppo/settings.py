@@ -76,9 +76,9 @@ class PpoSettings(BaseModel):
     """``loss``: exact KL(policy || reference) over the vocabulary; ``reward``: its sampled estimate, in each turn."""
     kl_coefficient: Nonnegative
     """Price of a nat of KL, of a response's (summed over its tokens) with the ratio ``turn``, of a token's with
-    ``token``. With ``kl_where: reward`` it is paid in reward. With ``loss`` it is weighed against the policy term, whose
-    advantages are normalised unless ``normalise_advantages`` is off, so it is in standard deviations of the update's
-    advantages: the same number pulls harder, in reward, where rewards vary more. 0: no reference model is loaded."""
+    ``token``. With ``kl_where: reward`` it is paid in reward. With ``loss`` it is weighed against the policy term,
+    whose advantages are normalised unless ``normalise_advantages`` is off, so it is in standard deviations of the
+    update's advantages: the same number pulls harder, in reward, where rewards vary more. 0 loads no reference."""
     kl_limit: Rate | None
     """Mean KL(old || new) of one update that ends the run as failed; None is off."""
     ratio_limit: Above1 | None

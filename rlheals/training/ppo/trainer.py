@@ -229,6 +229,7 @@ class Trainer:
             check_readable(self.run.label, columns["format_error_rate"], self.settings.least_readable)
         losses = self.learner.train(episodes, index)
         columns |= loss_columns(self._gather([losses]), self.settings.reward == "task", self.settings.has_critic)
+        columns["grad_norm_limit"] = self.settings.max_grad_norm
         clock.append(time.perf_counter())
         seconds = dict(zip(("seconds_rollout", "seconds_score", "seconds_train"), np.diff(clock).tolist(), strict=True))
         row = {"update": index + 1, **columns, "learning_rate": self.learner.rates(index)[0], **seconds}

@@ -12,7 +12,7 @@ from scipy import stats
 
 from rlheals.errors import UserError
 from rlheals.params import Ppo
-from rlheals.reporting.schemas import SCHEMAS, check
+from rlheals.reporting.schemas import SCHEMAS, check, read_table
 from rlheals.training.ppo.checks import CHANGE, CHECKS
 from rlheals.training.ppo.doctor import ERROR, OK, WARNING, advantage_shapes, diagnose, histogram, shape
 from rlheals.training.ppo.settings import PpoSettings
@@ -25,7 +25,7 @@ HEALTHY: dict[str, Any] = {
     "tokens": 4000,
     "reward_mean": 2.0,
     "reward_std": 2.5,
-    "solved_rate": 0.6,
+    "solved_rate": [0.5 + 0.03 * update for update in range(12)],
     "format_error_rate": 0.02,
     "kl_reference": 0.4,
     "kl_old": 0.01,
@@ -35,6 +35,10 @@ HEALTHY: dict[str, Any] = {
     "value_loss": 0.4,
     "explained_variance": 0.4,
     "grad_norm": 0.7,
+    "grad_norm_low": 0.4,
+    "grad_norm_high": 2.0,
+    "grad_norm_limit": 1.0,
+    "flat_groups": None,
     "learning_rate": 2e-4,
     "ratio_max_deviation_first": 1e-6,
     "engine_ratio_deviation": 1e-4,
@@ -54,8 +58,9 @@ def table(arm: str = "ppo", **series: Any) -> pl.DataFrame:
     """A healthy run of 12 updates with some columns replaced: by a value, or by a value an update."""
     rows = []
     for place in range(UPDATES):
-        changed = {name: value[place] if isinstance(value, list) else value for name, value in series.items()}
-        rows.append({**BRANCH, "arm": arm, "update": place + 1, **HEALTHY, **changed})
+        columns = {**HEALTHY, **series}
+        values = {name: value[place] if isinstance(value, list) else value for name, value in columns.items()}
+        rows.append({**BRANCH, "arm": arm, "update": place + 1, **values})
     return check(pl.DataFrame(rows, schema=SCHEMAS["rl_training"]), "rl_training")
 
 
@@ -77,7 +82,9 @@ def ramp(first: float, last: float) -> list[float]:
 def test_a_healthy_run_passes_every_check() -> None:
     findings = diagnose(table())
     check(findings, "doctor")
-    assert findings["check"].to_list() == [*(each.name for each in CHECKS), "reward_hacking", "finite"]
+    curve = ["reward_rises", "drop_after_first_step", "reward_hacking"]
+    names = [*curve, *(each.name for each in CHECKS), "always_clipped", "gradient_spread", "finite"]
+    assert findings["check"].to_list() == names
     assert set(findings["level"]) == {OK}
     assert set(findings["cause"]) == set(findings["parameter"]) == {""}
 
@@ -110,7 +117,7 @@ def test_a_healthy_run_passes_every_check() -> None:
         ({"format_error_rate": ramp(0.99, 0.0)}, "format_start", ERROR, 1),
         ({"format_error_rate": ramp(0.0, 0.9)}, "format_collapse", ERROR, 12),
         ({"format_error_rate": ramp(0.0, 0.2)}, "format_collapse", WARNING, 12),
-        ({"reward_mean": ramp(-1.0, 3.0)}, "reward_hacking", ERROR, 12),
+        ({"reward_mean": ramp(-1.0, 3.0), "solved_rate": 0.6}, "reward_hacking", ERROR, 12),
         ({"policy_loss": one(8, math.nan, 0.1)}, "finite", ERROR, 8),
         ({"grad_norm": one(2, math.inf, 0.1)}, "finite", ERROR, 2),
     ],
@@ -119,19 +126,20 @@ def test_each_fault_is_found_where_it_is(series: dict[str, Any], name: str, leve
     results = found(table(**series))
     assert results[name][:2] == (level, update)
     others = set(results) - {name}
-    assert others <= {"update_kl", "first_kl"}, "a fault is told once, save that one KL is judged twice"
+    twice = {"update_kl", "first_kl"} | ({"reward_rises"} if "solved_rate" in series or "kl_old" in series else set())
+    assert others <= twice, "a fault is told once, save that one KL is judged twice, and a share that does not rise"
 
 
 def test_a_rising_reward_is_fine_when_more_is_solved_and_a_warning_when_more_is_readable() -> None:
     assert found(table(reward_mean=ramp(-1.0, 3.0), solved_rate=ramp(0.3, 0.8))) == {}
-    results = found(table(reward_mean=ramp(-1.0, 0.0), format_error_rate=ramp(0.4, 0.02)))
+    results = found(table(reward_mean=ramp(-1.0, 0.0), format_error_rate=ramp(0.4, 0.02), solved_rate=0.6))
     assert results["reward_hacking"][0] == WARNING
 
 
 def test_noise_is_no_reward_hacking() -> None:
     draw = np.random.default_rng(0)
     for _ in range(50):
-        noisy = table(reward_mean=list(2 + draw.normal(0, 2.5 / math.sqrt(128), UPDATES)))
+        noisy = table(solved_rate=0.6, reward_mean=list(2 + draw.normal(0, 2.5 / math.sqrt(128), UPDATES)))
         assert "reward_hacking" not in found(noisy)
 
 
@@ -149,7 +157,7 @@ def test_every_named_parameter_exists() -> None:
 def test_an_arm_without_reward_is_not_judged_by_it() -> None:
     bad = {"solved_rate": 0.0, "reward_std": 0.0, "reward_mean": ramp(-3.0, 3.0)}
     assert found(table("kl_only", **bad)) == {}
-    assert set(found(table("ppo", **bad))) == {"reward_balance_low", "reward_spread", "reward_hacking"}
+    assert set(found(table("ppo", **bad))) == {"reward_balance_low", "reward_spread", "reward_hacking", "reward_rises"}
 
 
 def test_null_columns_are_not_judged() -> None:
@@ -225,3 +233,83 @@ def test_a_gaussian_is_near_a_gaussian_and_two_heaps_are_not() -> None:
     assert heaps["entropy"] == pytest.approx(math.log(2))
     assert gaussian["entropy"] > 2.5
     assert heaps["histogram"][0] == heaps["histogram"][-1] == 50
+
+
+def curve(*shares: float) -> list[float]:
+    """A share of solved episodes by update; the last one goes on to the end."""
+    return [*shares, *[shares[-1]] * (UPDATES - len(shares))]
+
+
+WARM: dict[str, Any] = {"learning_rate": [0.0, 0.0, *[2e-4] * 10]}
+"""The policy first moves in update 3, so it has played updates 1 to 3 as it was."""
+
+
+@pytest.mark.parametrize(
+    ("shares", "level"),
+    [
+        (curve(0.84, 0.85, 0.83, 0.87, 0.9, 0.93), OK),
+        (curve(0.84, 0.85, 0.83, 0.7, 0.6, 0.55), ERROR),  # at once
+        ([*[0.84] * 8, 0.6, 0.6, 0.6, 0.6], ERROR),  # late
+        (curve(0.84, 0.85, 0.83, 0.84), WARNING),  # flat
+        (curve(0.96, 0.97, 0.96, 0.965), OK),  # nothing left to raise
+        (curve(0.96, 0.97, 0.96, 0.8), ERROR),
+    ],
+)
+def test_whether_the_reward_rises_is_judged_first(shares: list[float], level: str) -> None:
+    first = diagnose(table(solved_rate=shares, **WARM)).row(0, named=True)
+    assert (first["check"], first["level"]) == ("reward_rises", level)
+    before, after = np.mean(shares[:3]), np.mean(shares[-5:])
+    assert first["value"] == pytest.approx(after - before)
+    if level == ERROR:
+        assert f"{100 * before:.1f} % of the episodes were solved before the policy moved" in first["cause"]
+        assert first["parameter"] == CHANGE + "learning_rate"
+
+
+def test_thirds_would_miss_a_fall_at_once() -> None:
+    """The first third of such a run holds the damage already, so the two thirds look alike."""
+    shares = curve(0.92, 0.8)
+    assert abs(np.mean(shares[-4:]) - np.mean(shares[:4])) < 2 * math.sqrt(2 * 0.8 * 0.2 / (4 * 128))
+    assert found(table(solved_rate=shares))["reward_rises"][0] == ERROR
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.84, None), (0.78, None), (0.73, WARNING), (0.6, ERROR)])
+def test_a_fall_in_the_first_update_that_the_moved_policy_plays(share: float, level: str | None) -> None:
+    results = found(table(solved_rate=curve(0.84, 0.84, 0.84, share, 0.95), **WARM))
+    assert results.get("drop_after_first_step", (None,))[0] == level
+    if level:
+        assert results["drop_after_first_step"][1:] == (4, CHANGE + "learning_rate")
+
+
+def test_gradients_that_are_always_clipped_are_a_note_and_no_fault() -> None:
+    results = found(table(grad_norm_low=9.0, grad_norm=15.0, grad_norm_high=24.0))
+    assert results == {"always_clipped": ("note", 1, CHANGE + "max_grad_norm")}
+    old = found(table(grad_norm_low=None, grad_norm_high=None, grad_norm=15.0))
+    assert set(old) == {"always_clipped"}
+    assert not found(table(grad_norm_low=None, grad_norm_high=None, grad_norm_limit=None, grad_norm=15.0))
+
+
+def test_gradients_of_very_different_length_are_told() -> None:
+    assert found(table(grad_norm_low=8e-6, grad_norm_high=24.0))["gradient_spread"][0] == WARNING
+    assert found(table(grad_norm_low=None, grad_norm_high=None, grad_norm=one(5, 1e-5, 0.7)))["gradient_spread"]
+
+
+@pytest.mark.parametrize(("flat", "hands", "level"), [(0.72, 4.48, WARNING), (0.0, 16.0, None), (1.0, 0.0, WARNING)])
+def test_groups_whose_episodes_agree_teach_nothing(flat: float, hands: float, level: str | None) -> None:
+    training = table("grpo", flat_groups=flat)
+    row = diagnose(training).filter(pl.col("check") == "groups_without_spread").row(0, named=True)
+    assert row["value"] == pytest.approx(hands)  # of 16 groups of eight
+    assert found(training).get("groups_without_spread", (None,))[0] == level
+
+
+def test_tables_of_earlier_versions_are_read(tmp_path: Any) -> None:
+    later = ["grad_norm_low", "grad_norm_high", "grad_norm_limit", "flat_groups"]
+    table().drop(later).write_parquet(tmp_path / "rl_training.parquet")
+    read = read_table(tmp_path / "rl_training.parquet", "rl_training")
+    assert read.select(later).null_count().row(0) == (UPDATES,) * 4
+    assert found(read) == {}
+
+
+def test_a_run_of_one_update_is_not_judged_by_its_curve() -> None:
+    checks = diagnose(table().head(1))["check"].to_list()
+    assert "reward_rises" not in checks
+    assert "drop_after_first_step" not in checks
