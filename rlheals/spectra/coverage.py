@@ -234,7 +234,7 @@ def _told(part: str, members: list[Uncompared]) -> str:
     change = math.hypot(*(each.change for each in members))
     relative = _ratio(change, math.hypot(*(each.norm for each in members)))
     count = f"{len(members)} × " if len(members) > 1 else ""
-    size = f"{100 * relative:.2g} %" if math.isfinite(relative) else "from all zeros"
+    size = f"{100 * relative:.3g} %" if math.isfinite(relative) else "from all zeros"
     return f"{count}{_PLURAL.get(part, part) if len(members) > 1 else part} {size}"
 
 

@@ -12,6 +12,7 @@ from rlheals.reporting.figures.style import ARMS
 from rlheals.reporting.registered import ALPHA
 from rlheals.reporting.sections.core import Content, Figure, RunMetrics, Section
 from rlheals.reporting.words import interval, p_value, percent, points
+from rlheals.training.ppo.manipulation import RewardChange, reward_changes
 
 if TYPE_CHECKING:
     from rlheals.reporting.branches import Branches
@@ -26,7 +27,8 @@ def build(study: Study) -> Content | None:
     branches = load_branches(study)
     if branches is None:
         return None
-    runs = [_run(branches, model, seed) for model, seed in study.runs]
+    rewards = _rewards(branches)
+    runs = [_run(branches, model, seed, rewards) for model, seed in study.runs]
     return Content(
         figures=_figures(study, branches),
         context={
@@ -34,6 +36,7 @@ def build(study: Study) -> Content | None:
             "updates": branches.last,
             "main": ARMS[branches.main].label,
             "findings": _doctor(branches),
+            "tested": _tested(rewards),
             "many": len(study.runs) > 1,
         },
         findings=[_finding(branches, runs, model) for model in study.params.models],
@@ -79,12 +82,37 @@ def _figures(study: Study, branches: Branches) -> dict[str, Figure]:
     }
 
 
-def _run(branches: Branches, model: str, seed: int) -> dict[str, Any]:
+Rewards = dict[tuple[str, int, str, int], RewardChange]
+"""What a branch did to its own reward, by model, seed, arm and start; branches that cannot be judged are absent."""
+
+
+def _rewards(branches: Branches) -> Rewards:
+    names = ("model", "seed", "arm", "checkpoint_step")
+    return {tuple(key[name] for name in names): found for key, found in reward_changes(branches.training)}  # type: ignore[misc]
+
+
+def _tested(rewards: Rewards) -> dict[str, int]:
+    """How many branches raised their own reward, beyond chance, and how many made it worse."""
+    found = list(rewards.values())
+    return {
+        "judged": len(found),
+        "raised": sum(each.solved.rises for each in found),
+        "worse": sum(each.solved.falls for each in found),
+    }
+
+
+def _run(branches: Branches, model: str, seed: int, rewards: Rewards) -> dict[str, Any]:
     """All branches of one run, a line each, and the window of the main arm."""
     own = branches.final.filter((pl.col("model") == model) & (pl.col("seed") == seed))
     cells = {(row["arm"], row["checkpoint_step"], row["condition"]): row for row in own.to_dicts()}
     lines = [
-        {"arm": ARMS[arm].label, "start": start, "ood": cells[arm, start, "ood"], "id": cells[arm, start, "id"]}
+        {
+            "arm": ARMS[arm].label,
+            "start": start,
+            "ood": cells[arm, start, "ood"],
+            "id": cells[arm, start, "id"],
+            "reward": rewards.get((model, seed, arm, start)),
+        }
         for arm in ARMS
         for start in sorted({step for name, step, _ in cells if name == arm})
     ]
