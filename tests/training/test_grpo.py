@@ -132,17 +132,21 @@ def test_checkpoints_load_and_the_policy_stands_still_in_warm_up(finished, folde
 
 
 def test_rows_are_those_of_the_ppo_trainer(finished) -> None:
-    _, curves = finished
+    run, curves = finished
     rows = pl.DataFrame([{**BRANCH, **row} for row in curves.training], schema=SCHEMAS["rl_training"])
     check(rows, "rl_training")
     assert rows["update"].to_list() == [1, 2, 3, 4]
     assert set(rows["episodes"]) == {EPISODES}
     assert rows["learning_rate"].to_list() == [0.0, 3e-3, 3e-3, 3e-3]
     absent = {"kl_old", "value_loss", "explained_variance", "policy_loss", "ratio_max_deviation_first", "seconds_score"}
-    absent |= {"engine_ratio_deviation"}
+    absent |= {"engine_ratio_deviation", "grad_norm_low", "grad_norm_high"}  # TRL tells one norm an update
     assert {name for name in rows.columns if rows[name].null_count()} == absent
     assert (rows["kl_reference"] > 0).all()
     assert rows["advantage_mean"].abs().max() < 1e-12
+    assert rows["grad_norm_limit"].unique().to_list() == [run.settings.max_grad_norm]
+    flat = rows["flat_groups"] * EPISODES / GROUP
+    assert flat.to_list() == [pytest.approx(round(each)) for each in flat]
+    assert rows["flat_groups"].is_between(0, 1).all()
     histograms = pl.DataFrame([{**BRANCH, **row} for row in curves.advantages], schema=SCHEMAS["advantages"])
     assert histograms.group_by("update").agg(pl.col("count").sum())["count"].to_list() == [EPISODES] * 4
 
