@@ -56,10 +56,12 @@ def restore(
     head: Annotated[bool, typer.Option("--head", help="Edit the head too.")] = False,
     everything: Annotated[
         bool,
-        typer.Option("--everything", help="Edit every tensor: tables, norm scales and biases too; not with windows."),
+        typer.Option(
+            "--everything", help="Edit every tensor, norm scales and biases too (swap, interpolate, reset, noise)."
+        ),
     ] = False,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Edit what is understood where other weights differ, too, and stay.")
+        bool, typer.Option("--partial", help="Go on where weights of unknown kinds differ; they stay as they are.")
     ] = False,
     dose: Annotated[
         float | None,
